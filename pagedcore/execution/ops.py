@@ -1,0 +1,208 @@
+"""The operations that models are made of: the protocol that every backend implements.
+
+`pagedcore.execution.torch_ops.TorchOps` implements each in plain torch: that is the CPU path, and
+the specification that other backends are tested against. Letters:
+
+    T tokens in the step      S sequences      R rows        M table entries per row
+    H query heads             K kv heads       D head size   F MLP width        V vocabulary
+
+Tensors that share a step have one device. Results may alias no input unless an operation says so.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pagedcore.cache_spec import CacheSpec
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """Where the tokens of one step stand, and where their sequences keep the past.
+
+    The first `num_single` sequences run one token each and are the first `num_single` tokens; the
+    others run `query_start[i + 1] - query_start[i]` tokens each. Padding (in graphs) has length 0
+    in `context_len` and slot 0, which lies in the null block and is never read.
+    """
+
+    positions: Tensor
+    """[T] int64. Position of each token in its sequence."""
+
+    rows: Tensor
+    """[S] int32. Row of each sequence, in `block_tables`."""
+
+    query_start: Tensor
+    """[S + 1] int32. First token of each sequence; the last entry is T."""
+
+    context_len: Tensor
+    """[S] int32. Positions that are valid once the step's keys are written, its tokens included."""
+
+    block_tables: Tensor
+    """[G, R, M] int32. Blocks of each row, by cache group. Not gathered: index with `rows`."""
+
+    slots: Tensor
+    """[G, T] int64. block * block_size + offset of each token, by cache group."""
+
+    num_single: int
+    """Sequences at the front that run exactly one token."""
+
+    max_query_len: int
+    """Most tokens of one sequence in the step."""
+
+    max_context_len: int
+    """Upper bound of `context_len`, on the host."""
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """Keys and values of one layer. Only the backend that made it knows the layout."""
+
+    spec: CacheSpec
+    group: int
+    block_size: int
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(slots=True)
+class RopeTable:
+    """Rotary angles: `rotated` leading elements of a head turn, the others pass."""
+
+    cos_sin: Tensor
+    """[max_positions, rotated] float32: cosines of the rotated // 2 angles, then their sines."""
+
+    interleaved: bool = False
+    """Pairs are neighbours (GPT-J); otherwise element i pairs with i + rotated // 2 (NeoX)."""
+
+
+@dataclass(slots=True)
+class QKNorm:
+    """RMSNorm over each query and key head, before rotation (Qwen3)."""
+
+    query_weight: Tensor
+    """[D]"""
+
+    key_weight: Tensor
+    """[D]"""
+
+    eps: float
+
+
+@dataclass(slots=True)
+class SamplingTensors:
+    """How to draw one token for each of S rows of logits (semantics SAMPLE-5, SAMPLE-7)."""
+
+    temperature: Tensor
+    """[S] float32; 0 takes the most likely token."""
+
+    min_p: Tensor
+    """[S] float32; 0 keeps all."""
+
+    top_k: Tensor
+    """[S] int32; 0 keeps all."""
+
+    top_p: Tensor
+    """[S] float32; 1 keeps all."""
+
+    uniform: Tensor
+    """[S] float32 in [0, 1): the draw."""
+
+    all_greedy: bool
+    """Known on the host: every temperature is 0."""
+
+    any_filter: bool
+    """Known on the host: some row uses min_p, top_k or top_p."""
+
+
+class Ops(Protocol):
+    """One backend. A factory in the `pagedcore_backends` hook makes it, for one device."""
+
+    name: str
+    """As in `--backend`."""
+
+    block_size: int
+    """Preferred positions per block."""
+
+    supports_graphs: bool
+    """Whether a step may be captured: no operation reads a tensor on the host."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] times weight [out, in], plus bias [out]: [T, out] in x's dtype."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Normalise x [T, h] by its root mean square, in float32, then scale by weight [h]."""
+        ...
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Add x to residual [T, h], rounded to their dtype; return (norm of the sum, the sum).
+
+        Either input may be overwritten: the caller uses the results only.
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2F], the gate first: silu(gate) * up, [T, F]."""
+        ...
+
+    def new_cache(
+        self,
+        spec: CacheSpec,
+        group: int,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LayerCache:
+        """Allocate one layer's cache in this backend's own layout; block 0 is the null block."""
+        ...
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        rope: RopeTable | None,
+        norm: QKNorm | None,
+        cache: LayerCache,
+        batch: StepBatch,
+    ) -> None:
+        """Prepare attention: qkv [T, (H + 2K) * D] holds queries, keys, values of each token.
+
+        Norms and rotates queries and keys in place, in float32 with one rounding at the end, and
+        writes keys and values into the slots of the cache's group.
+        """
+        ...
+
+    def attention(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        scale: float,
+        cache: LayerCache,
+        batch: StepBatch,
+        soft_cap: float | None = None,
+    ) -> Tensor:
+        """Causal attention of each query over its sequence's cached positions: [T, H * D].
+
+        `qkv` is as `rope_and_cache` left it, and the step's own keys are in the cache already. The
+        cache's spec may limit the window: a query at position p sees p - window + 1 .. p. With
+        `soft_cap` c, scores become c * tanh(score / c) before the softmax, which is in float32.
+        """
+        ...
+
+    def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
+        """Copy the first n slots of source blocks: copies [C, 3] int32: source, destination, n."""
+        ...
+
+    def sample(self, logits: Tensor, sampling: SamplingTensors) -> Tensor:
+        """Draw one token from each row of logits [S, V]: int64 [S].
+
+        The first index whose cumulative probability, over the tokens that the filters keep,
+        exceeds `uniform`; so the same uniform gives the same token on every backend, up to
+        rounding. Filters run in the order of SAMPLE-5: temperature, min_p, top-k, top-p.
+        """
+        ...

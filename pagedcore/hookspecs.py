@@ -1,0 +1,123 @@
+"""The plugin contract: every question that pagedcore asks its plugins.
+
+A plugin is a module that an entry point in the group `pagedcore` names. It answers a question by
+defining a function of the same name, marked `@pagedcore.hookimpl`, that takes any subset of the
+arguments. It may state `pagedcore_requires = ">=1,<2"`.
+
+Hooks that offer parts return a mapping from names to factories. Names are global: two plugins that
+offer the same one stop the start with a PluginError naming both. Import heavy packages inside the
+factory, so that a plugin which is installed but not selected costs nothing.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pagedcore._markers import hookspec
+from pagedcore.errors import PluginError
+
+if TYPE_CHECKING:
+    from pagedcore.config import EngineConfig
+    from pagedcore.engine.engine import StepStats
+    from pagedcore.execution.ops import Ops
+    from pagedcore.execution.quantizer import Quantizer
+    from pagedcore.scheduling.policies import Policy
+    from pagedcore.sources import Source
+
+SPEC_VERSION = (1, 0)
+"""Major and minor: a minor version only adds hooks or optional arguments."""
+
+
+@hookspec
+def pagedcore_models() -> Mapping[str, Callable[[], type]]:
+    """Offer model architectures, by the name in `architectures` of a config.json.
+
+    Asked once, when an engine starts, before any weight is read. A value is called without
+    arguments and returns the class: see `pagedcore.execution.model.Model` for what it must do.
+
+    :returns: such as `{"LlamaForCausalLM": load_llama}`.
+    """
+
+
+@hookspec
+def pagedcore_quantizers() -> Mapping[str, Callable[[Mapping[str, Any]], "Quantizer"]]:
+    """Offer weight formats, by the name that `quantization=` or the checkpoint selects.
+
+    Asked once, when an engine starts. A factory is called with the checkpoint's
+    `quantization_config`, or with an empty mapping when the format is applied while loading.
+
+    :returns: such as `{"int8": Int8Quantizer}`.
+    """
+
+
+@hookspec
+def pagedcore_backends() -> Mapping[str, Callable[[str], "Ops"]]:
+    """Offer implementations of the operations that models are made of.
+
+    Asked once, when an engine starts. A factory is called with the device ("cpu", "cuda:0"); it
+    raises ConfigError, saying why, where it cannot run. See `pagedcore.execution.ops.Ops`.
+
+    :returns: such as `{"torch": TorchOps}`.
+    """
+
+
+@hookspec
+def pagedcore_servers() -> Mapping[str, Callable[["EngineConfig", Any], int]]:
+    """Offer mounts, by the name that `pagedcore serve --server` selects.
+
+    Asked when `serve` starts, in the main thread. A mount is called with the engine's and the
+    server's configuration, serves until it is told to stop, and returns the exit status.
+
+    :returns: such as `{"asgi": serve_bare}`.
+    """
+
+
+@hookspec
+def pagedcore_sources() -> Mapping[str, Callable[[], "Source"]]:
+    """Offer places that models come from, by the scheme in front of a model's name.
+
+    Asked once, when a model is looked up. `hf:org/name` asks the source "hf". See
+    `pagedcore.sources.Source`.
+
+    :returns: such as `{"hf": HubSource}`.
+    """
+
+
+@hookspec
+def pagedcore_policies() -> Mapping[str, Callable[[], "Policy"]]:
+    """Offer scheduling policies, by the name that `scheduling_policy=` selects.
+
+    Asked once, when an engine starts. A policy orders the waiting queue and chooses victims; it is
+    called in every step that admits or preempts, so it must not look at tokens. See
+    `pagedcore.scheduling.policies.Policy`.
+
+    :returns: such as `{"fcfs": FirstComeFirstServed}`.
+    """
+
+
+@hookspec
+def pagedcore_step_finished(stats: "StepStats") -> None:
+    """Observe a step, after its tokens have been handed out.
+
+    Called once per step, in the engine's thread: what it costs is added to every step. One that
+    raises is not called again, and the failure is logged and counted.
+    """
+
+
+def check_version(requires: str) -> None:
+    """Raise PluginError unless SPEC_VERSION satisfies `requires`, such as ">=1,<2" or ""."""
+    compare: dict[str, Callable[[tuple[int, int], tuple[int, int]], bool]] = {
+        ">=": lambda a, b: a >= b,
+        "<=": lambda a, b: a <= b,
+        "==": lambda a, b: a == b,
+        ">": lambda a, b: a > b,
+        "<": lambda a, b: a < b,
+    }
+    for clause in filter(None, (part.strip() for part in requires.split(","))):
+        match = re.fullmatch(r"(>=|<=|==|<|>)\s*(\d+)(?:\.(\d+))?", clause)
+        if match is None:
+            raise PluginError(f"pagedcore_requires is not a version range: {requires!r}.")
+        wanted = (int(match[2]), int(match[3] or 0))
+        if not compare[match[1]](SPEC_VERSION, wanted):
+            have = ".".join(map(str, SPEC_VERSION))
+            raise PluginError(f"it needs hook spec {requires}, this is {have}.")

@@ -1,0 +1,74 @@
+"""Find plugins, and collect what they offer."""
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+import pluggy
+
+from pagedcore import hookspecs
+from pagedcore.errors import PluginError, UnknownNameError
+
+GROUP = "pagedcore"
+
+
+def load_plugins(disabled: Iterable[str] = ()) -> pluggy.PluginManager:
+    """Return a manager holding every installed plugin but the `disabled` ones.
+
+    Raises PluginError, naming plugin, distribution and remedy, for one that fails to load, answers
+    a hook that does not exist, or asks for another version of the hook spec.
+    """
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    for name in disabled:
+        manager.set_blocked(name)
+    for entry_point in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        if manager.is_blocked(entry_point.name):
+            continue
+        dist = entry_point.dist.name if entry_point.dist else "unknown"
+        remedy = f"Fix or uninstall {dist}, or start with --disable-plugin {entry_point.name}."
+        try:
+            plugin = entry_point.load()
+            hookspecs.check_version(getattr(plugin, "pagedcore_requires", ""))
+            manager.register(plugin, name=entry_point.name)
+            _refuse_unknown_hooks(manager, plugin)
+        except Exception as error:
+            raise PluginError(
+                f"plugin {entry_point.name!r} from {dist} failed to load: "
+                f"{type(error).__name__}: {error} {remedy}"
+            ) from error
+    return manager
+
+
+def _refuse_unknown_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
+    """A misspelled hook is an error, not a silence."""
+    known = {name for name in vars(hookspecs) if name.startswith("pagedcore_")}
+    for caller in manager.get_hookcallers(plugin) or ():
+        if caller.name not in known:
+            raise PluginError(str(UnknownNameError("hook", caller.name, known)))
+
+
+def collect(manager: pluggy.PluginManager, hook: str) -> dict[str, Any]:
+    """Merge the mappings that plugins return from `hook`; refuse a name offered twice."""
+    merged: dict[str, Any] = {}
+    owner: dict[str, str] = {}
+    for impl in getattr(manager.hook, hook).get_hookimpls():
+        offered: Mapping[str, Any] = impl.function()
+        for name, thing in offered.items():
+            if name in owner:
+                kind = hook.removeprefix("pagedcore_").removesuffix("s")
+                raise PluginError(
+                    f"two plugins offer the {kind} {name!r}: {owner[name]} and "
+                    f"{impl.plugin_name}. Start with --disable-plugin for one of them."
+                )
+            merged[name], owner[name] = thing, impl.plugin_name
+    return merged
+
+
+def choose(manager: pluggy.PluginManager, hook: str, name: str) -> Any:  # noqa: ANN401 - each hook has its own type
+    """Return what a plugin offers under `name`; raises UnknownNameError with the nearest name."""
+    offered = collect(manager, hook)
+    if name not in offered:
+        kind = hook.removeprefix("pagedcore_").removesuffix("s").replace("_", " ")
+        raise UnknownNameError(kind, name, offered)
+    return offered[name]
