@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedcore.request import Request
+from pagedcore.request import FinishReason, Request
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -107,3 +107,39 @@ class StepResult:
 
     failed: Mapping[int, str] = field(default_factory=dict)
     """By index in the batch: sequences whose step failed (such as NaN logits), and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A sequence that ended in this step."""
+
+    request_id: int
+    reason: FinishReason
+    stop_reason: int | None = None
+    """The stop token id that ended it, where one did (STOP-1)."""
+
+    message: str | None = None
+    """Why, when `reason` is ERROR."""
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What a finished step tells the callers. K sequences got a token."""
+
+    request_ids: Int64
+    """[K]"""
+
+    tokens: Int32
+    """[K] One new token each; those dropped under ASYNC-3 are not here."""
+
+    finished: list[Finished] = field(default_factory=list)
+    """Sequences that are over; the token that ended them is in `tokens`."""
+
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """By request id."""
+
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """By request id; pieces of one prompt arrive in order."""
+
+    num_cached_tokens: dict[int, int] = field(default_factory=dict)
+    """By request id: prompt tokens found in the cache, told once, with the first output."""
