@@ -13,7 +13,7 @@ __all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__", "hookimpl"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything
+def __getattr__(name: str) -> Any:
     """Import what needs torch only when it is asked for."""
     if name == "LLM":
         from pagedcore.engine.llm import LLM

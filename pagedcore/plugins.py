@@ -18,20 +18,15 @@ def load_plugins(disabled: Iterable[str] = ()) -> pluggy.PluginManager:
     Raises PluginError, naming plugin, distribution and remedy, for one that fails to load, answers
     a hook that does not exist, or asks for another version of the hook spec.
     """
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hookspecs)
-    for name in disabled:
-        manager.set_blocked(name)
+    manager = register({})
+    blocked = set(disabled)
     for entry_point in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        if manager.is_blocked(entry_point.name):
+        if entry_point.name in blocked:
             continue
         dist = entry_point.dist.name if entry_point.dist else "unknown"
         remedy = f"Fix or uninstall {dist}, or start with --disable-plugin {entry_point.name}."
         try:
-            plugin = entry_point.load()
-            hookspecs.check_version(getattr(plugin, "pagedcore_requires", ""))
-            manager.register(plugin, name=entry_point.name)
-            _refuse_unknown_hooks(manager, plugin)
+            _register(manager, entry_point.name, entry_point.load())
         except Exception as error:
             raise PluginError(
                 f"plugin {entry_point.name!r} from {dist} failed to load: "
@@ -40,11 +35,21 @@ def load_plugins(disabled: Iterable[str] = ()) -> pluggy.PluginManager:
     return manager
 
 
-def _refuse_unknown_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
-    """A misspelled hook is an error, not a silence."""
-    known = {name for name in vars(hookspecs) if name.startswith("pagedcore_")}
+def register(plugins: Mapping[str, object]) -> pluggy.PluginManager:
+    """Return a manager holding just these plugins, by name; for programs that bring their own."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    for name, plugin in plugins.items():
+        _register(manager, name, plugin)
+    return manager
+
+
+def _register(manager: pluggy.PluginManager, name: str, plugin: object) -> None:
+    hookspecs.check_version(getattr(plugin, "pagedcore_requires", ""))
+    manager.register(plugin, name=name)
+    known = {hook for hook in vars(hookspecs) if hook.startswith("pagedcore_")}
     for caller in manager.get_hookcallers(plugin) or ():
-        if caller.name not in known:
+        if caller.name not in known:  # a misspelled hook is an error, not a silence
             raise PluginError(str(UnknownNameError("hook", caller.name, known)))
 
 
@@ -65,7 +70,7 @@ def collect(manager: pluggy.PluginManager, hook: str) -> dict[str, Any]:
     return merged
 
 
-def choose(manager: pluggy.PluginManager, hook: str, name: str) -> Any:  # noqa: ANN401 - each hook has its own type
+def choose(manager: pluggy.PluginManager, hook: str, name: str) -> Any:
     """Return what a plugin offers under `name`; raises UnknownNameError with the nearest name."""
     offered = collect(manager, hook)
     if name not in offered:

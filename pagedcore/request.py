@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from pagedcore.errors import RequestError
@@ -16,7 +16,7 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (semantics SAMPLE-3)."""
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a sequence ended (semantics STOP-6)."""
 
     STOP = "stop"
@@ -26,7 +26,7 @@ class FinishReason(str, Enum):
     REPETITION = "repetition"
 
 
-class OutputKind(str, Enum):
+class OutputKind(StrEnum):
     """What an offline stream yields (semantics SAMPLE-11)."""
 
     CUMULATIVE = "cumulative"
@@ -195,7 +195,11 @@ class SamplingParams:
                 raise RequestError(f"{name} may have at most {cap}, not {asked}", name)
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(self, name)
-            if asked is not None and limits.max_logprobs != -1 and not 0 <= asked <= limits.max_logprobs:
+            if (
+                asked is not None
+                and limits.max_logprobs != -1
+                and not 0 <= asked <= limits.max_logprobs
+            ):
                 raise RequestError(
                     f"{name} must be in 0..{limits.max_logprobs}, not {asked} "
                     "(raise --max-logprobs to allow more)",

@@ -79,7 +79,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: the token that stands there first, then the most likely."""
+    """Log-probabilities at one position: the token that stands there, then the most likely."""
 
     token_ids: Int32
     """[k + 1] or [k], when the first is among the k most likely (SAMPLE-9)."""

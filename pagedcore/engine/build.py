@@ -1,0 +1,67 @@
+"""An engine from a configuration: plugins, model folder, executor, scheduler, in this order."""
+
+import time
+
+import pluggy
+
+from pagedcore.config import EngineConfig, Usage
+from pagedcore.engine.engine import Engine, EngineInfo
+from pagedcore.execution.executor import build_executor
+from pagedcore.plugins import choose, collect, load_plugins
+from pagedcore.scheduling.scheduler import Scheduler
+from pagedcore.sources import find_model
+
+
+def build_engine(
+    config: EngineConfig, *, usage: Usage = "offline", plugins: pluggy.PluginManager | None = None
+) -> Engine:
+    """Find the model, load it and size its cache.
+
+    Raises ConfigError, ModelError, PluginError or UnknownNameError, before any weight is read
+    where the cause can be known by then.
+    """
+    started = time.perf_counter()
+    plugins = plugins or load_plugins(config.execution.disable_plugin)
+    policy = choose(plugins, "pagedcore_policies", config.scheduler.scheduling_policy)()
+    folder = find_model(
+        config.model.model,
+        collect(plugins, "pagedcore_sources"),
+        revision=config.model.revision,
+    )
+    found = time.perf_counter()
+    executor = build_executor(config, folder, plugins, usage)
+    config = executor.config
+    assert config.scheduler.max_num_seqs is not None
+    scheduler = Scheduler(
+        config.scheduler,
+        num_blocks=executor.num_blocks,
+        block_size=executor.block_size,
+        groups=executor.groups,
+        max_model_len=executor.max_model_len,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        hash_algorithm=config.cache.prefix_caching_hash_algo,
+        kv_watermark=config.cache.kv_watermark,
+        policy=policy,
+        seed=config.execution.seed,
+    )
+    info = EngineInfo(
+        model=str(folder),
+        served_model_names=config.model.served_model_name or (config.model.model,),
+        max_model_len=executor.max_model_len,
+        vocab_size=executor.vocab_size,
+        block_size=executor.block_size,
+        num_blocks=executor.num_blocks,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        startup_seconds={
+            "config": found - started,
+            **executor.startup_seconds,
+            "total": time.perf_counter() - started,
+        },
+    )
+    return Engine(
+        scheduler,
+        executor,
+        info,
+        async_scheduling=config.scheduler.async_scheduling,
+        plugins=plugins,
+    )

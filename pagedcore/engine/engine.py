@@ -1,0 +1,239 @@
+"""The step loop: plan, launch, and collect what an earlier launch produced.
+
+With `async_scheduling` two steps are in flight: while the device runs one, the next is planned and
+launched, and only then are the first one's tokens collected. The tokens are the same either way:
+the last token of a sequence goes from step to step on the device, and a step that turns out to have
+been one too many for a sequence is dropped (semantics ASYNC-1..7).
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pluggy
+
+from pagedcore.request import Request
+from pagedcore.scheduling.scheduler import Scheduler
+from pagedcore.step import StepOutput, StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class PendingStep(Protocol):
+    """A step that the device may still be running."""
+
+    def result(self) -> StepResult:
+        """Wait for the step; raises what made it fail."""
+        ...
+
+
+class StepExecutor(Protocol):
+    """Where steps run. See `pagedcore.execution.executor.Executor`."""
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step and return at once. Steps run in the order of their launches."""
+        ...
+
+    def shutdown(self) -> None:
+        """Wait for steps in flight and give the device's memory back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What a front end must know of an engine. Plain data: it crosses processes."""
+
+    model: str
+    """The model folder."""
+
+    served_model_names: tuple[str, ...]
+    """Names that requests may use; the first is reported."""
+
+    max_model_len: int
+    """Most tokens of prompt and output together."""
+
+    vocab_size: int
+    """Rows of the model's head; token ids are below it."""
+
+    block_size: int
+    """Positions per block."""
+
+    num_blocks: int
+    """Blocks in the pool, the null block included."""
+
+    max_num_seqs: int
+    """Most sequences that run together."""
+
+    startup_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase of the start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """What an observer learns of one finished step."""
+
+    num_seqs: int
+    """Sequences in the step."""
+
+    num_tokens: int
+    """Tokens that it ran."""
+
+    num_outputs: int
+    """Tokens that it produced."""
+
+    num_running: int
+    """Sequences that hold a row now."""
+
+    num_waiting: int
+    """Sequences that wait now."""
+
+    cache_usage: float
+    """Share of blocks in use, in 0..1."""
+
+    plan_seconds: float
+    """Host time spent planning and launching."""
+
+    wait_seconds: float
+    """Host time spent waiting for the device."""
+
+    finish_seconds: float
+    """Host time spent on the results."""
+
+
+@dataclass(slots=True)
+class _InFlight:
+    plan: StepPlan
+    pending: PendingStep
+    plan_seconds: float
+
+
+class Engine:
+    """Requests in, tokens out, one `step()` at a time, in the caller's thread.
+
+    A plain object: it installs no handler, opens no port and sets no global; several live in one
+    process. It is not thread-safe; `EngineServer` gives it to one thread.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: StepExecutor,
+        info: EngineInfo,
+        *,
+        async_scheduling: bool = True,
+        plugins: pluggy.PluginManager | None = None,
+    ) -> None:
+        self.info = info
+        self._scheduler = scheduler
+        self._executor = executor
+        self._depth = 2 if async_scheduling else 1
+        self._in_flight: deque[_InFlight] = deque()
+        self._observers: list[Any] = []
+        if plugins is not None:
+            self._observers = plugins.hook.pagedcore_step_finished.get_hookimpls()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step()` has something to do."""
+        return bool(self._in_flight) or self._scheduler.has_work
+
+    def add(self, request: Request, forks: Sequence[Request] = ()) -> None:
+        """Queue a request, and `forks` that share its prompt (the other choices of n > 1).
+
+        All are taken or none. Raises RequestError for a prompt that can never fit and
+        OverloadedError when the queue is full.
+        """
+        self._scheduler.add(request, forks)
+
+    def fork(self, request_id: int, children: Sequence[Request]) -> None:
+        """Let `children` go on from what a live request has now (semantics FORK-1)."""
+        self._scheduler.fork(request_id, children)
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """End requests in whatever state they are; unknown ones are ignored (CANCEL-2)."""
+        self._scheduler.abort(request_ids)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; False, changing nothing, while blocks are in use (POOL-7)."""
+        return self._scheduler.reset_prefix_cache()
+
+    def step(self) -> StepOutput | None:
+        """Launch the next step, and return what the oldest one in flight produced.
+
+        None when nothing has finished: the pipeline is filling, or there is nothing to do.
+        """
+        launched = self._launch_next()
+        if not self._in_flight or (launched and len(self._in_flight) < self._depth):
+            return None
+        return self._collect_oldest()
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges by name, for metrics."""
+        return self._scheduler.stats()
+
+    def shutdown(self) -> None:
+        """Drop what is in flight and release the device."""
+        self._in_flight.clear()
+        self._executor.shutdown()
+
+    def _launch_next(self) -> bool:
+        started = time.perf_counter()
+        plan = self._scheduler.plan_step()
+        if plan is None:
+            return False
+        pending: PendingStep
+        try:
+            pending = self._executor.launch(plan)
+        except Exception as error:
+            logger.exception("a step could not be launched")
+            pending = _FailedStep(error)
+        self._in_flight.append(_InFlight(plan, pending, time.perf_counter() - started))
+        return True
+
+    def _collect_oldest(self) -> StepOutput:
+        step = self._in_flight.popleft()
+        started = time.perf_counter()
+        try:
+            result = step.pending.result()
+        except Exception as error:
+            logger.exception("a step failed")
+            return self._scheduler.fail_step(step.plan, f"{type(error).__name__}: {error}")
+        arrived = time.perf_counter()
+        output = self._scheduler.finish_step(step.plan, result)
+        if self._observers:
+            self._observe(step, output, arrived - started, time.perf_counter() - arrived)
+        return output
+
+    def _observe(
+        self, step: _InFlight, output: StepOutput, wait_seconds: float, finish_seconds: float
+    ) -> None:
+        stats = StepStats(
+            num_seqs=len(step.plan.rows),
+            num_tokens=step.plan.num_tokens,
+            num_outputs=len(output.tokens),
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            cache_usage=self._scheduler.cache_usage,
+            plan_seconds=step.plan_seconds,
+            wait_seconds=wait_seconds,
+            finish_seconds=finish_seconds,
+        )
+        for observer in list(self._observers):
+            try:
+                observer.function(stats)
+            except Exception:
+                logger.exception("observer %s failed and is not called again", observer.plugin_name)
+                self._observers.remove(observer)
+
+
+class _FailedStep:
+    """A launch that raised: told when its turn comes, so that results stay in order."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def result(self) -> StepResult:
+        raise self._error
