@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +181,15 @@ class SamplingParams:
         if self.is_greedy:
             for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
                 object.__setattr__(self, name, neutral)
+
+    def for_choice(self, index: int) -> "SamplingParams":
+        """What choice `index` of n runs with: n is 1, the seed is seed + index (SAMPLE-10)."""
+        if self.n == 1:
+            return self
+        seed = self.seed
+        if seed is not None:
+            seed = (seed + index + 2**63) % 2**64 - 2**63
+        return replace(self, n=1, seed=seed)
 
     def check_limits(self, limits: SamplingLimits) -> None:
         """Raise RequestError for what is valid but more than this deployment allows."""
