@@ -1,0 +1,144 @@
+"""What a deployer may tune about serving: addresses, limits, keys and streams.
+
+Like `pagedcore.config`, the one declaration of each setting: a field `max_n` is the flag `--max-n`
+of `pagedcore serve` and a keyword of every mount. No web framework is known here.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+from pagedcore.errors import ConfigError
+from pagedcore.request import SamplingLimits
+
+API_KEY_VARIABLE = "PAGEDCORE_API_KEY"
+"""Environment variable that holds keys, separated by commas."""
+
+
+def _keys_from_environment() -> tuple[str, ...]:
+    return tuple(filter(None, os.environ.get(API_KEY_VARIABLE, "").split(",")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The HTTP surface of one server. Raises ConfigError for a value out of range."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every network of the machine."""
+
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+
+    api_key: tuple[str, ...] = field(default_factory=_keys_from_environment, repr=False)
+    """Keys that clients may present, one or more; also PAGEDCORE_API_KEY (AUTH-1)."""
+
+    auth_exempt_paths: tuple[str, ...] = ("/health", "/livez", "/readyz", "/ping")
+    """Paths that need no key."""
+
+    max_request_bytes: int = 32 * 2**20
+    """Most bytes of a request's body; more is 413."""
+
+    max_header_bytes: int = 64 * 2**10
+    """Most bytes of all headers of a request; more is 431."""
+
+    max_header_count: int = 256
+    """Most header fields of a request; more is 431."""
+
+    http_read_timeout: float = 10.0
+    """Seconds for all headers to arrive, and then for the whole body."""
+
+    max_n: int = 128
+    """Most choices per prompt."""
+
+    max_prompts_per_request: int = 1024
+    """Most prompts in one completion request."""
+
+    max_stop_strings: int = 16
+    """Most stop strings of a request."""
+
+    max_bad_words: int = 128
+    """Most bad words of a request."""
+
+    max_logit_bias: int = 1024
+    """Most logit_bias entries of a request."""
+
+    max_logprobs: int = 20
+    """Most log-probabilities per token; -1 allows the whole vocabulary."""
+
+    template_timeout: float = 30.0
+    """Seconds that rendering a chat template may take."""
+
+    strict_params: bool = False
+    """Refuse unknown request fields, in place of naming them in a header (REQ-2, REQ-3)."""
+
+    stream_interval: int = 1
+    """Tokens per streamed chunk, after the first token, which is sent at once."""
+
+    sse_keepalive_interval: float = 0.0
+    """Seconds between keep-alive comments in a silent stream; 0 sends none."""
+
+    enable_prompt_tokens_details: bool = False
+    """Report in `usage` how many prompt tokens were found in the cache."""
+
+    enable_force_include_usage: bool = False
+    """Report usage in every chunk of every stream."""
+
+    max_inflight_per_key: int = 0
+    """Most HTTP requests of one API key at the same time; more are 429. 0 is no limit."""
+
+    trust_request_chat_template: bool = False
+    """Let requests bring their own chat template (REQ-9)."""
+
+    enable_log_requests: bool = False
+    """Log one line per request, without its text."""
+
+    shutdown_timeout: float = 0.0
+    """Seconds that accepted requests may take to end after SIGTERM; 0 aborts them (LIFE-4)."""
+
+    num_api_servers: int = 1
+    """Front-end processes that share the port, where the mount supports several."""
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise ConfigError("host must not be empty; 0.0.0.0 is every network of the machine")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be in 0..65535, not {self.port}")
+        if any(not key or key.strip() != key for key in self.api_key):
+            raise ConfigError("api_key must hold keys that are not empty and have no outer spaces")
+        for path in self.auth_exempt_paths:
+            if not path.startswith("/"):
+                raise ConfigError(f"auth_exempt_paths must begin with '/', not {path!r}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("http_read_timeout", "template_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0 seconds, not {getattr(self, name)}")
+
+    @property
+    def sampling_limits(self) -> SamplingLimits:
+        """The caps that `SamplingParams.check_limits` enforces."""
+        return SamplingLimits(
+            max_n=self.max_n,
+            max_logprobs=self.max_logprobs,
+            max_stop_strings=self.max_stop_strings,
+            max_bad_words=self.max_bad_words,
+            max_logit_bias=self.max_logit_bias,
+        )
+
+
+_LEAST: dict[str, int] = {
+    "max_request_bytes": 1,
+    "max_header_bytes": 1,
+    "max_header_count": 1,
+    "max_n": 1,
+    "max_prompts_per_request": 1,
+    "max_stop_strings": 0,
+    "max_bad_words": 0,
+    "max_logit_bias": 0,
+    "max_logprobs": -1,
+    "stream_interval": 1,
+    "sse_keepalive_interval": 0,
+    "max_inflight_per_key": 0,
+    "shutdown_timeout": 0,
+    "num_api_servers": 1,
+}
