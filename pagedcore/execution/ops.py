@@ -10,7 +10,7 @@ Tensors that share a step have one device. Results may alias no input unless an 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ class StepBatch:
 
     max_context_len: int
     """Upper bound of `context_len`, on the host."""
+
+    shared: dict[Any, Any] | None = None
+    """What a backend derives once for all layers of a step; see `Ops.begin_step`."""
 
 
 @dataclass(slots=True)
@@ -127,6 +130,14 @@ class Ops(Protocol):
 
     supports_graphs: bool
     """Whether a step may be captured: no operation reads a tensor on the host."""
+
+    def begin_step(self, batch: StepBatch) -> None:
+        """Forget what was derived from this batch before, and let the step's layers share anew.
+
+        Called before the first layer of every run over the batch, inside the graph while one is
+        captured. Without it every layer derives again what it needs, which is right but slower.
+        """
+        ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] times weight [out, in], plus bias [out]: [T, out] in x's dtype."""
