@@ -5,7 +5,8 @@ import time
 import pluggy
 
 from pagedcore.config import EngineConfig, Usage
-from pagedcore.engine.engine import Engine, EngineInfo
+from pagedcore.engine.engine import Engine
+from pagedcore.engine.info import EngineInfo
 from pagedcore.execution.executor import build_executor
 from pagedcore.plugins import choose, collect, load_plugins
 from pagedcore.scheduling.scheduler import Scheduler

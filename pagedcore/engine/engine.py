@@ -10,11 +10,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pluggy
 
+from pagedcore.engine.info import EngineInfo
 from pagedcore.request import Request
 from pagedcore.scheduling.scheduler import Scheduler
 from pagedcore.step import StepOutput, StepPlan, StepResult
@@ -40,35 +41,6 @@ class StepExecutor(Protocol):
     def shutdown(self) -> None:
         """Wait for steps in flight and give the device's memory back."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """What a front end must know of an engine. Plain data: it crosses processes."""
-
-    model: str
-    """The model folder."""
-
-    served_model_names: tuple[str, ...]
-    """Names that requests may use; the first is reported."""
-
-    max_model_len: int
-    """Most tokens of prompt and output together."""
-
-    vocab_size: int
-    """Rows of the model's head; token ids are below it."""
-
-    block_size: int
-    """Positions per block."""
-
-    num_blocks: int
-    """Blocks in the pool, the null block included."""
-
-    max_num_seqs: int
-    """Most sequences that run together."""
-
-    startup_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds of each phase of the start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
