@@ -48,7 +48,6 @@ PEER = {  # vLLM 0.26.0 on one H200, tokens per second (prefill: of the prompts)
 def plugins() -> pluggy.PluginManager:
     """The workspace's own plugins, without entry points."""
     import pagedcore.builtin
-
     import pagedcore_kernels
     import pagedcore_models
     import pagedcore_quantization

@@ -108,7 +108,7 @@ class ServerConfig:
             if not path.startswith("/"):
                 raise ConfigError(f"auth_exempt_paths must begin with '/', not {path!r}")
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # also refuses NaN
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("http_read_timeout", "template_timeout"):
             if not getattr(self, name) > 0:

@@ -1,0 +1,42 @@
+"""Multiply the SiLU of a gate by its partner.
+
+    T tokens   F width of the MLP
+
+    gate_up    [T, 2F]   the gate first; 2F contiguous, T may have any stride
+    out        [T, F]    contiguous, same dtype
+
+The grid is (T, cdiv(F, BLOCK)): one program makes BLOCK outputs of one token. It moves 3 * T * F
+elements. Arithmetic is float32 with one rounding at the end. A program sees whole groups of BLOCK
+outputs, so a variant that writes 8-bit values with one scale per group needs no second pass.
+
+`TorchOps.silu_mul` is the specification.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up, out, gate_up_stride, width, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate_up += token * gate_up_stride
+    gate = tl.load(gate_up + column, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + width + column, inside, 0.0).to(tl.float32)
+    tl.store(out + token * width + column, gate * tl.sigmoid(gate) * up, inside)
+
+
+def silu_mul(gate_up: Tensor, block: int = 1024, num_warps: int = 4) -> Tensor:
+    """Return silu(gate) * up, [T, F], of gate_up [T, 2F]."""
+    tokens, columns = gate_up.shape
+    assert columns % 2 == 0 and gate_up.stride(1) == 1
+    width = columns // 2
+    out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
+    if tokens:
+        _silu_mul_kernel[(tokens, triton.cdiv(width, block))](
+            gate_up, out, gate_up.stride(0), width, BLOCK=block, num_warps=num_warps
+        )
+    return out
