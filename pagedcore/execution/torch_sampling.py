@@ -94,8 +94,9 @@ def _filter(scores: Tensor, sampling: SamplingTensors) -> tuple[Tensor, Tensor |
         scores = scores.masked_fill(scores < least[:, None], -torch.inf)
     limited = sampling.top_p < 1
     if _is_used(limited):
+        mass = _mass(scores)
         scores, tokens = _narrow(scores, tokens, _top_p_bound(scores, sampling.top_p))
-        kept = _top_p_mask(scores, sampling.top_p) | ~limited[:, None]
+        kept = _top_p_mask(scores, mass, sampling.top_p) | ~limited[:, None]
         scores = scores.masked_fill(~kept, -torch.inf)
     return scores, tokens
 
@@ -155,9 +156,19 @@ def _top_p_bound(scores: Tensor, top_p: Tensor) -> Tensor:
     return least.log() + scores.logsumexp(-1)
 
 
-def _top_p_mask(scores: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest set of tokens that reaches top_p of what is left: bool [S, W]."""
-    ordered, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
+def _mass(scores: Tensor) -> Tensor:
+    """Sum [S] of what tokens weigh relative to the most likely one."""
+    return (scores - scores.amax(-1, keepdim=True)).exp().sum(-1)
+
+
+def _top_p_mask(scores: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest set of tokens that reaches top_p of `mass` [S]: bool [S, W].
+
+    The mass is that of all tokens before `_narrow` left some out: without it the others would seem
+    more likely than they are, and the set would be too small.
+    """
+    probs = (scores - scores.amax(-1, keepdim=True)).exp() / mass[:, None]
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     needed = before < (top_p * (1 - SLACK))[:, None]
     needed[:, 0] = True
@@ -167,8 +178,8 @@ def _top_p_mask(scores: Tensor, top_p: Tensor) -> Tensor:
 def _search(scores: Tensor, uniform: Tensor) -> Tensor:
     """The first column whose cumulative probability exceeds `uniform` [S]: int64 [S].
 
-    Looks for the block of tokens first, and then inside it: only one block per row needs its running
-    sum. Sums are in double precision, which rises exactly where a token has a probability.
+    Looks for the block of tokens first, and then inside it: only one block per row needs its
+    running sum. Sums are in double precision, which rises exactly where a token has a probability.
     """
     num_tokens = scores.shape[-1]
     blocks = _in_blocks(_in_blocks(scores).flatten(1).softmax(-1))
@@ -196,7 +207,7 @@ def _in_blocks(values: Tensor) -> Tensor:
     missing = -values.shape[-1] % _BLOCK
     if missing:
         values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
-    return values.unflatten(1, (-1, _BLOCK))
+    return values.reshape(len(values), -1, _BLOCK)
 
 
 def _gather_block(blocks: Tensor, block: Tensor) -> Tensor:
