@@ -1,0 +1,48 @@
+"""`pagedcore serve`: a model behind a server that a plugin mounts."""
+
+import socket
+from typing import Any
+
+from pagedcore.cli.flags import command, engine_parameters, parameters, take
+from pagedcore.config import DEFAULT_MODEL, EngineConfig
+from pagedcore.errors import ConfigError
+from pagedcore.plugins import choose, load_plugins
+from pagedcore.server_config import ServerConfig
+
+
+@command([*parameters(ServerConfig), *engine_parameters()])
+def serve(model: str = DEFAULT_MODEL, *, server: str = "litserve", **options: Any) -> int:
+    """Serve a model over HTTP.
+
+    Parameters
+    ----------
+    model
+        A folder, a GGUF file, `hf:org/name`, `modelscope:org/name`, `wheel:...` or an alias.
+    server
+        What serves: `litserve`, `asgi`, `pytriton`, or a plugin's.
+    """
+    server_config = ServerConfig(**take(options, ServerConfig))
+    engine_config = EngineConfig.from_options(model=model, **options)
+    mount = choose(
+        load_plugins(engine_config.execution.disable_plugin), "pagedcore_servers", server
+    )
+    _check_address(server_config.host, server_config.port)
+    status: int = mount(engine_config, server_config)
+    return status
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise ConfigError for an address that cannot be listened on, before a model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}. "
+            "Choose another --host or --port, or stop what listens there."
+        ) from None
