@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from pagedcore import __version__
 from pagedcore.errors import PagedcoreError
@@ -19,11 +19,18 @@ app = App(
     help="A paged LLM inference core that any serving framework can mount.",
     version=__version__,
     help_format="markdown",
+    default_parameter=Parameter(
+        allow_repeating=True,  # the last one counts, or all where the flag takes several
+        negative_iterable="",
+        negative_none="",
+    ),
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
 app.command("pagedcore.cli.serve:serve", name="serve", help="Serve a model over HTTP.")
 app.command("pagedcore.cli.generate:generate", name="generate", help="Complete one prompt.")
+app.command("pagedcore.cli.chat:chat", name="chat", help="Talk to a model.")
+app.command("pagedcore.cli.bench:app", name="bench", help="Measure speed.")
 app.command("pagedcore.cli.plugins:app", name="plugins", help="Look at what is installed.")
 
 

@@ -65,8 +65,6 @@ def parameters(
             help=docs.get(declared.name),
             group=group,
             converter=converter,
-            negative_iterable="",
-            negative_none="",
             show_default=_is_shown(declared),
         )
         flag = inspect.Parameter(
@@ -83,7 +81,7 @@ def engine_parameters(rename: Mapping[str, str] | None = None) -> list[inspect.P
         for section in fields(EngineConfig)
         for flag in parameters(section.default_factory, skip={"model"}, rename=rename)  # type: ignore[arg-type]
     ]
-    hidden = Parameter(show=False, negative_none="", allow_leading_hyphen=True)
+    hidden = Parameter(show=False, allow_leading_hyphen=True)
     for name in DEPRECATED:
         kind: Any = str | None if name in _DEPRECATED_WITH_VALUE else bool
         default = None if name in _DEPRECATED_WITH_VALUE else False

@@ -7,6 +7,7 @@ from pagedcore.cli.flags import command
 from pagedcore.cli.local import ENGINE_FLAGS, open_model, sampling_flags
 from pagedcore.config import DEFAULT_MODEL
 from pagedcore.errors import RequestError
+from pagedcore.request import FinishReason
 
 MAX_TOKENS = 256
 """Where neither the command line nor the model says more; a base model may never end."""
@@ -28,10 +29,17 @@ def generate(prompt: str = "-", *, model: str = DEFAULT_MODEL, **options: Any) -
         raise RequestError("the prompt is empty: give it as an argument or on stdin")
     with open_model(model, options, max_tokens=MAX_TOKENS) as (llm, params):
         if params.n > 1:  # streams would mix
-            for choice in llm.generate(text, params, progress=False)[0].outputs:
+            choices = llm.generate(text, params, progress=False)[0].outputs
+            for choice in choices:
                 print(f"[{choice.index}] {choice.text}")
-            return 0
-        for output in llm.stream(text, params):
-            print(output.outputs[0].text, end="", flush=True)
-        print()
+            reasons = {choice.finish_reason for choice in choices}
+        else:
+            reasons = set()
+            for output in llm.stream(text, params):
+                print(output.outputs[0].text, end="", flush=True)
+                reasons.add(output.outputs[0].finish_reason)
+            print()
+    if FinishReason.ERROR in reasons:
+        print("pagedcore: the model failed; the log says why", file=sys.stderr)
+        return 1
     return 0

@@ -154,11 +154,21 @@ def test_a_flag_of_the_past_gives_one_warning_and_changes_nothing(served, caplog
     flag = "--" + name.replace("_", "-")
     valued = {"swap_space", "num_scheduler_steps", "max_seq_len_to_capture", "preemption_mode"}
     with caplog.at_level(logging.WARNING):
-        _, (engine, _) = served(flag, *(["whatever"] if name in valued else []))
+        given = [flag, *(["whatever"] if name in valued else [])]
+        _, (engine, _) = served(*given, *given)
     assert engine == EngineConfig()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "deprecated" in caplog.text
     assert flag in caplog.text
+
+
+def test_of_a_flag_that_is_repeated_the_last_one_counts(served):
+    flags = ["--max-num-seqs", "4", "--no-strict-params", "--max-num-seqs", "5", "--strict-params"]
+    flags += ["--model", "one", "--model", "two"]
+    _, (engine, server) = served(*flags)
+    assert engine.scheduler.max_num_seqs == 5
+    assert server.strict_params is True
+    assert engine.model.model == "two"
 
 
 def test_logging_requests_wins_over_its_old_opposite(served, caplog):

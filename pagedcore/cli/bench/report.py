@@ -1,0 +1,49 @@
+"""Numbers of a benchmark: summaries, a table for people and JSON for programs."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pagedcore.errors import ConfigError
+
+PERCENTILES = (10, 25, 50, 75, 90, 99)
+
+
+def percentiles(values: Sequence[float], wanted: Sequence[float]) -> dict[str, float]:
+    """Percentiles by name, such as "50" and "99.9"; numpy's linear interpolation."""
+    found = np.percentile(np.asarray(values, np.float64), wanted)
+    return {f"{p:g}": float(value) for p, value in zip(wanted, found, strict=True)}
+
+
+def show(title: str, rows: Mapping[str, float | int | str]) -> None:
+    """Print names and numbers."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows.items():
+        table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def save(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result as JSON; raises ConfigError where the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the result to {path}: {error.strerror}") from None
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def progress() -> Progress:
+    """A progress bar on stderr, which leaves stdout to the result."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
