@@ -29,7 +29,7 @@ HELP = """\
 Ctrl-C stops an answer."""
 
 
-@command([*sampling_flags("n"), *ENGINE_FLAGS])
+@command([*sampling_flags("n", max_tokens=None), *ENGINE_FLAGS])
 def chat(model: str = DEFAULT_MODEL, *, system: str | None = None, **options: Any) -> int:
     """Talk to a model; every line is a message. `/help` shows what else there is.
 

@@ -50,9 +50,16 @@ def parse_count(text: str) -> int:
 
 
 def parameters(
-    declaration: type, *, skip: Collection[str] = (), rename: Mapping[str, str] | None = None
+    declaration: type,
+    *,
+    skip: Collection[str] = (),
+    rename: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[inspect.Parameter]:
-    """A flag for each field of a dataclass, but those to `skip`; `rename` gives another name."""
+    """A flag for each field of a dataclass, but those to `skip`.
+
+    `rename` gives another name; `defaults` is for commands that have their own.
+    """
     hints, docs = get_type_hints(declaration), _field_docs(declaration)
     group = Group(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", declaration.__name__.removesuffix("Config")))
     flags = []
@@ -61,16 +68,15 @@ def parameters(
             continue
         name = (rename or {}).get(declared.name, declared.name)
         kind, converter = _flag_type(declared.name, hints[declared.name])
+        default = (defaults or {}).get(declared.name, _default(declared))
         about = Parameter(
             help=docs.get(declared.name),
             group=group,
             converter=converter,
-            show_default=_is_shown(declared),
+            show_default=default not in (None, ()),
         )
-        flag = inspect.Parameter(
-            name, _KEYWORD, default=_default(declared), annotation=Annotated[kind, about]
-        )
-        flags.append(flag)
+        annotation = Annotated[kind, about]
+        flags.append(inspect.Parameter(name, _KEYWORD, default=default, annotation=annotation))
     return flags
 
 
@@ -140,10 +146,6 @@ def _field_docs(declaration: type) -> dict[str, str]:
 def _default(declared: "Field[Any]") -> Any:
     """What stands in the help; an option that is not given never reaches the command."""
     return () if declared.default is MISSING else declared.default
-
-
-def _is_shown(declared: "Field[Any]") -> bool:
-    return declared.default not in (MISSING, None, ())
 
 
 def _flag_type(name: str, hint: Any) -> tuple[Any, Callable[..., Any] | None]:

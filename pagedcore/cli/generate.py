@@ -13,7 +13,7 @@ MAX_TOKENS = 256
 """Where neither the command line nor the model says more; a base model may never end."""
 
 
-@command([*sampling_flags(), *ENGINE_FLAGS])
+@command([*sampling_flags(max_tokens=MAX_TOKENS), *ENGINE_FLAGS])
 def generate(prompt: str = "-", *, model: str = DEFAULT_MODEL, **options: Any) -> int:
     """Complete one prompt; the text goes to stdout as it comes.
 

@@ -18,9 +18,13 @@ ENGINE_FLAGS = engine_parameters(rename={"seed": "engine_seed"})
 _NOT_TEXT = {"output_kind", "detokenize", "logprobs", "prompt_logprobs"}
 
 
-def sampling_flags(*skip: str) -> list[inspect.Parameter]:
-    """Flags for what a request may ask for, where text comes out and nothing else."""
-    return parameters(SamplingParams, skip=_NOT_TEXT | set(skip))
+def sampling_flags(*skip: str, max_tokens: int | None) -> list[inspect.Parameter]:
+    """Flags for what a request may ask for, where text comes out and nothing else.
+
+    `max_tokens` is the default that `open_model` is going to get.
+    """
+    defaults = {"max_tokens": max_tokens}
+    return parameters(SamplingParams, skip=_NOT_TEXT | set(skip), defaults=defaults)
 
 
 @contextmanager

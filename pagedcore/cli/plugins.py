@@ -12,7 +12,7 @@ from pagedcore.cli.contract import check_offer
 from pagedcore.errors import PagedcoreError, UnknownNameError
 from pagedcore.plugins import GROUP, collect, register
 
-app = App(name="plugins", help="Look at what is installed.", help_format="markdown")
+app = App(name="plugins", help="Look at what is installed.")
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("pagedcore_")]
 OFFERS = [name for name in HOOKS if name != "pagedcore_step_finished"]

@@ -2,7 +2,7 @@
 
 from cyclopts import App
 
-app = App(name="bench", help="Measure speed.", help_format="markdown")
+app = App(name="bench", help="Measure speed.")
 app.command(
     "pagedcore.cli.bench.latency:latency",
     name="latency",
