@@ -75,8 +75,9 @@ def parameters(
             converter=converter,
             show_default=default not in (None, ()),
         )
-        annotation = Annotated[kind, about]
-        flags.append(inspect.Parameter(name, _KEYWORD, default=default, annotation=annotation))
+        flags.append(
+            inspect.Parameter(name, _KEYWORD, default=default, annotation=Annotated[kind, about])
+        )
     return flags
 
 
