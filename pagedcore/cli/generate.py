@@ -24,7 +24,7 @@ def generate(prompt: str = "-", *, model: str = DEFAULT_MODEL, **options: Any) -
     model
         A folder, a GGUF file, `hf:org/name`, `modelscope:org/name`, `wheel:...` or an alias.
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text:
         raise RequestError("the prompt is empty: give it as an argument or on stdin")
     with open_model(model, options, max_tokens=MAX_TOKENS) as (llm, params):

@@ -215,7 +215,7 @@ class _MinTokens(_Edit):
         _mask_where(history.num_known[self.index] < self.until, logits, self.index, self.ending)
         nothing_left = logits[self.eos_index].amax(-1) == -torch.inf
         nothing_left &= history.num_known[self.eos_index] < self.eos_until
-        let_through = eos_logits.clamp(min=torch.finfo(logits.dtype).min)
+        let_through = eos_logits.masked_fill(eos_logits == -torch.inf, 0.0)  # the only one left
         logits[self.eos_index, self.eos] = torch.where(
             nothing_left, let_through, logits[self.eos_index, self.eos]
         )

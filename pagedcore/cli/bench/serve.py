@@ -35,8 +35,17 @@ class Benchmark:
     backend: Literal["openai", "openai-chat"] = "openai"
     """Completions of token ids, or chat completions of random words, which are longer in tokens."""
 
-    base_url: str = "http://127.0.0.1:8000"
-    """Where the server is."""
+    base_url: str | None = None
+    """Where the server is, in place of host and port; https is possible."""
+
+    host: str = "127.0.0.1"
+    """Host of the server."""
+
+    port: int = 8000
+    """Port of the server."""
+
+    endpoint: str | None = None
+    """Path to ask; by default that of the backend."""
 
     model: str | None = None
     """Model to ask for; by default the first that the server lists."""
@@ -110,6 +119,11 @@ class Benchmark:
         parse_percentiles(self.metric_percentiles)
         parse_goals(self.goodput)
 
+    @property
+    def url(self) -> str:
+        """Where the server is."""
+        return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
+
 
 @command(parameters(Benchmark))
 def serve(**options: Any) -> int:
@@ -165,16 +179,16 @@ async def _measure(
     wanted: Benchmark, requests: Sequence[RandomRequest], times: Sequence[float]
 ) -> tuple[str, list[Outcome], float]:
     """Send the requests when their time has come: the model, outcomes, and seconds of it all."""
-    server = Server(wanted.base_url.rstrip("/"), os.environ.get("OPENAI_API_KEY"))
+    server = Server(wanted.url, os.environ.get("OPENAI_API_KEY"))
     try:
         model = wanted.model or await server.model()
     except (OSError, ServerError) as error:
-        raise ConfigError(f"cannot ask {wanted.base_url} for its models: {error}") from None
-    path = PATHS[wanted.backend]
+        raise ConfigError(f"cannot ask {wanted.url} for its models: {error}") from None
+    path = wanted.endpoint or PATHS[wanted.backend]
     for request in requests[: wanted.num_warmups]:
         outcome = await server.stream(path, _request_body(request, model, wanted))
         if outcome.error is not None:
-            raise ConfigError(f"the first request to {wanted.base_url} failed: {outcome.error}")
+            raise ConfigError(f"the first request to {wanted.url} failed: {outcome.error}")
     limit = asyncio.Semaphore(wanted.max_concurrency) if wanted.max_concurrency else nullcontext()
     with progress() as bar:
         task = bar.add_task("requests", total=len(requests))
@@ -224,7 +238,7 @@ def _show(result: Mapping[str, Any], wanted: Benchmark, failed: Sequence[Outcome
     }
     if "request_goodput" in result:
         rows["good requests/s"] = result["request_goodput"]
-    show(f"{result['model_id']} at {wanted.base_url}", rows)
+    show(f"{result['model_id']} at {wanted.url}", rows)
     for name in parse_metrics(wanted.percentile_metrics):
         ending = f"_{name}_ms"
         found = {key.removesuffix(ending): v for key, v in result.items() if key.endswith(ending)}

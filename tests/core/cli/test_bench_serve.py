@@ -143,6 +143,14 @@ def test_chats_are_measured_from_their_first_word(site, bench):
     assert [len(intervals) for intervals in result["itls"]] == [3] * 6
 
 
+def test_a_server_may_be_given_by_host_port_and_path(site, capsys):
+    site.failing = {1}
+    where = ["--port", site.url.rsplit(":", 1)[1], "--endpoint", "/here"]
+    assert main(["bench", "serve", *where, "--num-prompts", "1"]) == 1
+    assert site.bodies[0][0] == "/here"
+    assert "the first request to http://127.0.0.1" in capsys.readouterr().err
+
+
 def test_a_key_comes_from_the_environment(site, bench, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     _, result = bench()

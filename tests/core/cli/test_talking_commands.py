@@ -100,7 +100,7 @@ def test_generate_writes_the_text_as_it_comes(parrot, capsys):
 def test_generate_reads_the_prompt_from_a_pipe(parrot, capsys, monkeypatch):
     say(monkeypatch, "from a pipe")
     assert main(["generate"]) == 0
-    assert parrot.asked[0][0] == "from a pipe\n"
+    assert parrot.asked[0][0] == "from a pipe"
 
 
 def test_generate_needs_a_prompt(parrot, capsys, monkeypatch):

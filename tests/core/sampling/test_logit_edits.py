@@ -56,7 +56,7 @@ def masked(values):
 def reference(wanted, outputs, logits):
     """One sequence, token by token."""
     params, values = wanted.params, logits.astype(np.float64)
-    prompt, before = wanted.prompt_token_ids.tolist(), values.copy()
+    prompt = wanted.prompt_token_ids.tolist()
     banned = set()
     if params.allowed_token_ids is not None:
         banned |= set(range(len(values))) - set(params.allowed_token_ids)
@@ -68,8 +68,8 @@ def reference(wanted, outputs, logits):
         allowed_eos = values[wanted.eos_token_id]
         ending = {*params.stop_token_ids, wanted.eos_token_id} - {-1}
         values[list(ending)] = -np.inf
-        if wanted.eos_token_id >= 0 and (values == -np.inf).all() and allowed_eos > -np.inf:
-            values[wanted.eos_token_id] = before[wanted.eos_token_id]
+        if wanted.eos_token_id >= 0 and (values == -np.inf).all():
+            values[wanted.eos_token_id] = allowed_eos if allowed_eos > -np.inf else 0.0
     for token, bias in (params.logit_bias or {}).items():
         values[token] += bias
     for token in {*prompt, *outputs}:
@@ -131,6 +131,20 @@ def test_the_end_is_masked_until_enough_tokens_are_out():
 
 def test_the_end_is_let_through_when_nothing_else_is_left():
     wanted = request(eos=3, min_tokens=2, allowed_token_ids=[3])
+    after = edited(wanted, [])
+    assert np.isfinite(after[3])
+    assert masked(after) == [i for i in range(VOCAB) if i != 3]
+
+
+def test_the_end_is_let_through_even_where_it_was_not_allowed_and_is_penalised():  # STOP-3
+    wanted = request(
+        prompt=(3,),
+        eos=3,
+        min_tokens=2,
+        stop_token_ids=[7],
+        allowed_token_ids=[7],
+        repetition_penalty=1.3,
+    )
     after = edited(wanted, [])
     assert np.isfinite(after[3])
     assert masked(after) == [i for i in range(VOCAB) if i != 3]

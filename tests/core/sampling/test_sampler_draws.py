@@ -179,9 +179,10 @@ def test_a_sequence_whose_only_allowed_token_is_banned_is_flagged():
     assert draws.draw(some_logits(1), [0]).bad.tolist() == [True]
 
 
-def test_one_nan_is_enough_to_flag_a_row_that_draws_at_random():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_nan_is_enough_to_flag_a_row(temperature):
     draws = Draws()
-    draws.admit(0, temperature=1.0)
+    draws.admit(0, temperature=temperature)
     logits = some_logits(1)
     logits[0, 11] = float("nan")
     assert draws.draw(logits, [0]).bad.tolist() == [True]
