@@ -32,11 +32,17 @@ MAX_MESSAGE_CHARS = 2048
 _LENGTH = struct.Struct("<I")
 _MAX_FRAME_BYTES = 2**32 - 1
 
+MAX_CHOICES = 16384
+"""Most choices of one request, whatever a front end allows."""
+
 # Inside the engine, ids of different front ends must differ: the upper bits are the connection.
 _ID_BITS = 40
-_MAX_CHOICES = 2**31
+MAX_CONNECTION = (1 << 63 - _ID_BITS) - 1
+"""Largest number of a connection, so that ids stay int64."""
 
-ClientId = Annotated[int, Meta(ge=0, lt=2**_ID_BITS - _MAX_CHOICES)]
+ClientId = Annotated[int, Meta(ge=0, lt=2**_ID_BITS - MAX_CHOICES)]
+TokenId = Annotated[int, Meta(ge=-1, lt=2**31)]
+Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 Int32Bytes = bytes
 Int64Bytes = bytes
 Float32Bytes = bytes
@@ -48,9 +54,9 @@ class Add(Struct, tag="add", array_like=True, frozen=True):
     id: ClientId
     prompt_token_ids: Int32Bytes
     params: SamplingParams
-    eos_token_id: int
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    priority: int = 0
+    eos_token_id: TokenId
+    bad_words_token_ids: tuple[tuple[TokenId, ...], ...] = ()
+    priority: Priority = 0
     cache_salt: str | None = None
 
 
