@@ -59,6 +59,10 @@ class ServedEngine(Protocol):
         """Forget cached prefixes, if nothing uses them."""
         ...
 
+    def shutdown(self) -> None:
+        """Release the device."""
+        ...
+
 
 class EngineServer:
     """Serves one engine to any number of front ends, in the thread that calls `serve`.

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pagedcore.config import EngineConfig, Usage
 from pagedcore.engine.info import EngineInfo
-from pagedcore.errors import OverloadedError, RequestError
+from pagedcore.errors import ConfigError, OverloadedError, RequestError
 from pagedcore.request import FinishReason, Request, SamplingParams
 from pagedcore.step import Finished, StepOutput, TokenLogprobs
 
@@ -25,6 +26,25 @@ def echo(request: Request) -> Iterator[int]:
     tokens = request.prompt_token_ids.tolist()
     start = (request.params.seed or 0) % len(tokens)
     return itertools.islice(itertools.cycle(tokens), start, None)
+
+
+def build_fake_engine(config: EngineConfig, *, usage: Usage) -> "FakeEngine":
+    """A FakeEngine for a child process: `EngineProcess(config, build=BUILD_FAKE)`.
+
+    It takes what it can from the configuration; raises ConfigError for the device "none".
+    """
+    if config.execution.device == "none":
+        raise ConfigError("the device 'none' cannot run anything: choose another")
+    return FakeEngine(
+        model=config.model.model,
+        served_model_names=config.model.served_model_name or (config.model.model,),
+        max_model_len=config.model.max_model_len or 4096,
+        max_num_seqs=config.scheduler.max_num_seqs or (64 if usage == "offline" else 256),
+        max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
+    )
+
+
+BUILD_FAKE = "pagedcore.testing.fake_engine:build_fake_engine"
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,330 @@
+"""An engine in a process of its own, which lives no longer than the process that started it.
+
+The child is a plain `python -m pagedcore.engine.process`, so no program needs a `__main__` guard.
+What it shall do comes as msgpack through its standard input, which then stays open as a death pipe:
+its end, orderly or not, ends the child. How the start went comes back through another pipe.
+"""
+
+import atexit
+import contextlib
+import importlib
+import logging
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import IO, Any, Self
+
+import msgspec
+from msgspec import Struct
+
+from pagedcore.config import EngineConfig, Usage
+from pagedcore.engine.info import EngineInfo
+from pagedcore.engine.server import EngineServer, ServedEngine
+from pagedcore.errors import (
+    ConfigError,
+    EngineDeadError,
+    ModelError,
+    PagedcoreError,
+    PluginError,
+    UnknownNameError,
+)
+
+logger = logging.getLogger("pagedcore.engine.process")  # as __main__ too
+
+BUILD = "pagedcore.engine.build:build_engine"
+"""What makes the engine, as module:function, called with the configuration and `usage=`."""
+
+STOP_S = 10.0
+"""Seconds that an engine has to end in order."""
+
+_START_ERRORS: dict[str, type[PagedcoreError]] = {
+    kind.__name__: kind for kind in (ConfigError, ModelError, PluginError, UnknownNameError)
+}
+
+
+class _Job(Struct, frozen=True):
+    """What the child shall do."""
+
+    config: EngineConfig
+    address: str
+    folder: str | None
+    usage: Usage
+    build: str
+    status_fd: int
+    parent_pid: int
+
+
+class _Ready(Struct, tag="ready", frozen=True):
+    """The child's engine is loaded, and front ends can connect."""
+
+    info: EngineInfo
+
+
+class _Failed(Struct, tag="failed", frozen=True):
+    """The child cannot start."""
+
+    kind: str
+    message: str
+
+
+class EngineProcess:
+    """Starts an `EngineServer` in a child process, and ends it.
+
+        with EngineProcess(config) as process:
+            client = EngineClient(process.address)
+
+    The child ignores SIGINT and SIGTERM: this process decides when it ends, by `stop` or by
+    ending itself, in whatever way. Its log goes to standard error.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        address: str | None = None,
+        usage: Usage = "serve",
+        build: str = BUILD,
+    ) -> None:
+        """Start; the model loads in the child while this goes on. See `wait_ready`.
+
+        :param address: path of the socket; by default in a new folder that `stop` removes.
+        :param build: what makes the engine, as module:function; see `BUILD`.
+        """
+        self._folder = None if address else tempfile.mkdtemp(prefix="pagedcore-")
+        self.address = address or f"{self._folder}/engine.sock"
+        self._owner_pid = os.getpid()
+        self._outcome: _Ready | _Failed | None = None
+        self._lock = threading.Lock()
+        reader, writer = os.pipe()
+        self._status: IO[bytes] = open(reader, "rb", buffering=0)  # noqa: SIM115  # see `stop`
+        try:
+            # Without -P, files in the working directory would hide modules, in the child only.
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "pagedcore.engine.process"],
+                stdin=subprocess.PIPE,
+                pass_fds=[writer],
+            )
+        finally:
+            os.close(writer)
+        atexit.register(self.stop)
+        job = _Job(config, self.address, self._folder, usage, build, writer, self._owner_pid)
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `wait_ready` says how
+            self._stdin.write(_frame(job))
+            self._stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the child runs, be it ready or not."""
+        return self._child.poll() is None
+
+    def wait_ready(self, timeout_s: float | None = None) -> EngineInfo:
+        """Wait until the engine is loaded and front ends can connect.
+
+        Raises what the start failed with (ConfigError, ModelError, PluginError, UnknownNameError),
+        EngineDeadError for any other end, and TimeoutError; waiting again is possible then.
+        """
+        with self._lock:
+            if self._outcome is None:
+                self._outcome = self._receive(timeout_s)
+        match self._outcome:
+            case _Ready(info=info):
+                return info
+            case _Failed(kind=kind, message=message) if kind in _START_ERRORS:
+                error = _START_ERRORS[kind]
+                raise error.__new__(error, message)  # the message is complete: no __init__
+            case _Failed(message=message):
+                raise EngineDeadError(message)
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait until the child has ended, and return its exit status; raises TimeoutError."""
+        try:
+            return self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the engine process has not ended in {timeout_s} s") from None
+
+    def stop(self) -> None:
+        """End the engine: in order, or after `STOP_S` by force. Calling it again does nothing.
+
+        Front ends get EngineDeadError for what is in flight: drain before. In a fork of the
+        process that started the engine, it does nothing.
+        """
+        if os.getpid() != self._owner_pid:
+            return
+        atexit.unregister(self.stop)
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        try:
+            self._child.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            logger.warning("the engine process did not end in order and is killed")
+            self._child.kill()
+            self._child.wait()
+        with self._lock:
+            self._status.close()
+            self._outcome = self._outcome or _Failed("", "the engine was stopped")
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._child.stdin is not None
+        return self._child.stdin
+
+    def _receive(self, timeout_s: float | None) -> _Ready | _Failed:
+        if not select.select([self._status], [], [], timeout_s)[0]:
+            raise TimeoutError(f"the engine is not ready after {timeout_s} s")
+        outcome: _Ready | _Failed | None = _read_frame(self._status, _Ready | _Failed)
+        if outcome is not None:
+            return outcome
+        status = self._child.wait(STOP_S)
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        return _Failed("", f"the engine process ended with {how} before it was ready")
+
+
+def _frame(message: Struct) -> bytes:
+    data = msgspec.msgpack.encode(message)
+    return len(data).to_bytes(4, "little") + data
+
+
+def _read_frame(stream: IO[bytes], kind: Any) -> Any:
+    """One message, or None where the stream ends before it."""
+    data = b""
+    wanted = 4
+    while len(data) < wanted:
+        piece = stream.read(wanted - len(data))
+        if not piece:
+            return None
+        data += piece
+        if len(data) == 4:
+            wanted += int.from_bytes(data, "little")
+    return msgspec.msgpack.decode(data[4:], type=kind)
+
+
+# The child:
+
+
+def main() -> int:
+    """Do the job that standard input tells, until the parent ends; returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    with open(0, "rb", buffering=0, closefd=False) as stdin:
+        job: _Job | None = _read_frame(stdin, _Job)
+    if job is None:
+        return 1
+    os.set_inheritable(job.status_fd, False)
+    parent = _ParentWatch(job)
+    with open(job.status_fd, "wb") as status:
+        try:
+            engine = _build(job)
+            server = EngineServer(engine, job.address, on_stuck=lambda: os._exit(1))
+            server.listen()
+        except Exception as error:
+            status.write(_frame(_failure(error)))
+            return 1
+        status.write(_frame(_Ready(engine.info)))
+    parent.when_gone(server.stop)
+    try:
+        server.serve()
+    except Exception:
+        logger.exception("the engine has failed")
+        return 1
+    finally:
+        engine.shutdown()
+        _remove_folder(job)
+    return 0
+
+
+def _build(job: _Job) -> ServedEngine:
+    module, _, function = job.build.partition(":")
+    engine: ServedEngine = getattr(importlib.import_module(module), function)(
+        job.config, usage=job.usage
+    )
+    return engine
+
+
+def _failure(error: Exception) -> _Failed:
+    """What is worth telling: a known error's text, and of others also the log's traceback."""
+    for name, kind in _START_ERRORS.items():
+        if isinstance(error, kind):
+            return _Failed(name, str(error))
+    logger.error("the engine cannot start", exc_info=error)
+    return _Failed("", f"the engine cannot start: {type(error).__name__}: {error}")
+
+
+def _remove_folder(job: _Job) -> None:
+    """Remove the folder made for the socket: the parent may not be there any more to do it."""
+    if job.folder is not None:
+        with contextlib.suppress(OSError):
+            os.rmdir(job.folder)
+
+
+def _wait_for_end(parent_pid: int) -> None:
+    """Wait until standard input ends, or the parent does."""
+    try:
+        parent = os.pidfd_open(parent_pid)
+    except ProcessLookupError:
+        return
+    if os.getppid() == parent_pid:  # and not a later process of the same id
+        select.select([0, parent], [], [])
+
+
+class _ParentWatch:
+    """Ends this process when the parent closes our standard input, or is gone.
+
+    Both are watched: a fork of the parent holds the pipe open, even when the parent is killed.
+    """
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._lock = threading.Lock()
+        self._gone = False
+        self._stop: Callable[[], None] | None = None
+        threading.Thread(target=self._watch, name="pagedcore-parent", daemon=True).start()
+
+    def when_gone(self, stop: Callable[[], None]) -> None:
+        """From now on end in order, by `stop`; before, nothing is lost by ending at once."""
+        with self._lock:
+            self._stop = stop
+            if self._gone:
+                stop()
+
+    def _watch(self) -> None:
+        _wait_for_end(self._job.parent_pid)
+        with self._lock:
+            self._gone = True
+            stop = self._stop
+        if stop is not None:
+            stop()
+            threading.Event().wait(STOP_S / 2)
+        _remove_folder(self._job)
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
