@@ -63,11 +63,10 @@ class Connections:
         self._all_gone = asyncio.Event()
         self._closing = threading.Lock()
         self._loop = asyncio.new_event_loop()
-        self._server = self._loop.run_until_complete(
-            self._loop.create_unix_server(lambda: _Connection(self), sock=listener)
-        )
         self._thread = threading.Thread(target=self._run, name="pagedcore-sockets", daemon=True)
         self._thread.start()
+        accepting = self._loop.create_unix_server(lambda: _Connection(self), sock=listener)
+        self._server = asyncio.run_coroutine_threadsafe(accepting, self._loop).result()
 
     def deliver(self, output: StepOutput) -> None:
         """Hand a step's results to their front ends; the arrays must not change afterwards."""
@@ -242,9 +241,11 @@ def listen(address: str) -> socket.socket:
 
 def _remove_stale(address: str) -> None:
     """Remove a socket that nobody listens at; raises ConfigError if somebody does."""
+    if not stat.S_ISSOCK(os.lstat(address).st_mode):
+        raise ConfigError(f"there is something else at {address}: choose another address")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        status = probe.connect_ex(address)
-    if status != errno.ECONNREFUSED:
-        found = "another engine listens" if status == 0 else "there is something else"
-        raise ConfigError(f"{found} at {address}: stop it, or choose another address")
+        if probe.connect_ex(address) != errno.ECONNREFUSED:
+            raise ConfigError(
+                f"another engine listens at {address}: stop it, or choose another address"
+            )
     os.unlink(address)

@@ -17,6 +17,8 @@ from pagedcore.errors import ConfigError, OverloadedError, RequestError
 from pagedcore.request import FinishReason, Request, SamplingParams
 from pagedcore.step import Finished, StepOutput, TokenLogprobs
 
+_PAUSED_STEP_S = 0.001
+
 Reply = Callable[[Request], Iterable[int]]
 """Gives the tokens of a request; where they end, so does the sequence, with `stop`."""
 
@@ -59,7 +61,8 @@ class FakeEngine:
 
     Prompt and output lengths, end-of-sequence and stop token ids, log-probabilities, the queue's
     limit and cached prefixes behave as a real engine's. Other threads may look on, and use `hold`,
-    `release`, `fail_running`, `break_down` and `wait_for`; the rest is for the one that steps.
+    `pause`, `release`, `fail_running`, `break_down` and `wait_for`; the rest is for the one that
+    steps.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class FakeEngine:
         self._running: dict[int, _Sequence] = {}
         self._seen_prompts: set[bytes] = set()
         self._held = False
+        self._paused = False
         self._failure: Exception | None = None
         self._sequence_failure: str | None = None
         self._changed = threading.Condition(threading.RLock())
@@ -150,6 +154,9 @@ class FakeEngine:
         """Give each running sequence its next token; blocks while the engine is held."""
         with self._changed:
             self._changed.wait_for(lambda: not self._held)
+            if self._paused and self._failure is None:
+                self._changed.wait(_PAUSED_STEP_S)
+                return None
             if self._failure is not None:
                 raise self._failure
             output = self._fail_step() if self._sequence_failure else self._token_step()
@@ -178,14 +185,19 @@ class FakeEngine:
             return [*self._running, *self._waiting]
 
     def hold(self) -> None:
-        """Let the next step block, as a slow device would, until `release`."""
+        """Let the next step block, as a stuck device would, until `release`."""
         with self._changed:
             self._held = True
+
+    def pause(self) -> None:
+        """Let steps produce nothing until `release`; between them, requests come and go."""
+        with self._changed:
+            self._paused = True
 
     def release(self) -> None:
         """Let steps go on."""
         with self._changed:
-            self._held = False
+            self._held = self._paused = False
             self._changed.notify_all()
 
     def fail_running(self, message: str) -> None:
