@@ -1,1 +1,1 @@
-"""To be described."""
+"""The front end's text side: prompts into token ids, output tokens into text. No tensors here."""
