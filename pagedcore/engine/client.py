@@ -101,10 +101,7 @@ class EngineClient:
         request was aborted: whoever waits for a slow connection can be cancelled there.
         Raises RequestError for token ids that are no 32-bit integers.
         """
-        try:
-            prompt = np.asarray(prompt_token_ids, np.int32).tobytes()
-        except (OverflowError, ValueError, TypeError) as error:
-            raise RequestError("prompt token ids must be 32-bit integers", "prompt") from error
+        prompt = _token_bytes(prompt_token_ids)
         bad_words = tuple(map(tuple, bad_words_token_ids))
         request = wire.Add(
             self._next_id, prompt, params, eos_token_id, bad_words, priority, cache_salt
@@ -226,3 +223,22 @@ class EngineClient:
             ended = choices.pop(end.request_id, None)
             if ended is not None:
                 ended.finish(end)
+
+
+def _token_bytes(token_ids: Sequence[int] | NDArray[np.int32]) -> bytes:
+    """As int32; checked here, because numpy would cut floats and let large integers wrap."""
+    try:
+        array = np.asarray(token_ids)
+    except (OverflowError, ValueError, TypeError):  # such as lists of different lengths
+        array = np.empty((0, 0))
+    if array.shape == (0,):  # an engine says what is wrong with it
+        return b""
+    limits = np.iinfo(np.int32)
+    if (
+        array.ndim != 1
+        or array.dtype.kind not in "iu"
+        or array.min() < limits.min
+        or array.max() > limits.max
+    ):
+        raise RequestError("the prompt must be a list of 32-bit integer token ids", "prompt")
+    return array.astype(np.int32, copy=False).tobytes()

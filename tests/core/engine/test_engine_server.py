@@ -96,6 +96,7 @@ def test_a_disconnect_aborts_all_of_that_front_end_and_nothing_else(serve, run, 
             await asyncio.gather(kept.admitted(), *(gen.admitted() for gen in left))
             assert len(engine.live_ids) == 11  # some run, some wait
             await leaving.close()
+            await asyncio.to_thread(engine.wait_for, lambda engine: len(engine.live_ids) == 1)
         tokens, last = await collect(kept)
         assert tokens[0] == echoed([5, 6], 50)
         assert last[0].finish_reason is FinishReason.LENGTH
