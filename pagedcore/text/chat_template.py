@@ -13,7 +13,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pagedcore.errors import ConfigError, ModelError, RequestError
-from pagedcore.text.folder import read_json
+from pagedcore.text.folder import read_json, read_text
 
 MAX_PROMPT_CHARS = 16 * 2**20
 """Most characters a template may produce; more is a loop gone wrong, not a prompt."""
@@ -175,7 +175,7 @@ def _run(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
 def _cut_after_last(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
     """Drop what the template puts after the last message's text."""
     last = messages[-1].get("content")
-    begin = text.rfind(last.strip()) if isinstance(last, str) else -1
+    begin = text.rfind(last.strip()) if isinstance(last, str) and last.strip() else -1
     if not isinstance(last, str) or begin < 0:
         raise RequestError(
             "continue_final_message: the chat template does not show the last message's text",
@@ -199,13 +199,17 @@ def _override(override: str) -> str:
 
 def _of_model(folder: Path) -> dict[str, str]:
     """Templates by name."""
-    named: dict[str, str] = {}
-    configured = read_json(folder / "tokenizer_config.json").get("chat_template")
+    path = folder / "tokenizer_config.json"
+    configured = read_json(path).get("chat_template") or []
     if isinstance(configured, str):
-        named["default"] = configured
-    elif isinstance(configured, list):
-        named = {entry["name"]: entry["template"] for entry in configured}
-    files = {path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}
-    if (folder / "chat_template.jinja").is_file():
-        files["default"] = folder / "chat_template.jinja"
-    return named | {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        configured = [{"name": "default", "template": configured}]
+    try:
+        named = {str(entry["name"]): str(entry["template"]) for entry in configured}
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path}: chat_template must be a text, or a list of objects with name and template."
+        ) from error
+    for extra in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        named[extra.stem] = read_text(extra)
+    main = folder / "chat_template.jinja"
+    return {**named, "default": read_text(main)} if main.is_file() else named
