@@ -95,6 +95,7 @@ class ChatTemplate:
                 "continue_final_message",
             )
         variables: dict[str, Any] = {
+            "documents": None,
             **self._special_tokens,
             **kwargs,
             "messages": messages,

@@ -11,6 +11,8 @@ from pagedcore.errors import ModelError, RequestError
 from pagedcore.text.folder import read_json
 from pagedcore.text.token_bytes import TokenBytes
 
+_TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
 
 class Tokenizer:
     """What tokenizer.json says, with the special tokens of the files beside it.
@@ -138,8 +140,11 @@ def _add_tokens(
     path = folder / "tokenizer_config.json"
     try:
         tokens = sorted(
-            (int(key), AddedToken(**{k: v for k, v in value.items() if k != "__type"}))
-            for key, value in declared.items()
+            (
+                (int(key), AddedToken(**{k: value[k] for k in _TOKEN_FIELDS if k in value}))
+                for key, value in declared.items()
+            ),
+            key=lambda item: item[0],
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: added_tokens_decoder is malformed: {error}.") from error

@@ -34,7 +34,7 @@ def test_tools_and_other_options_reach_the_template():
     assert rendered(source, tools=[{"a": "é<"}], enable_thinking=True) == (
         '[{"a": "é<"}] True False'
     )
-    assert rendered("{{ tools is none }}") == "True"
+    assert rendered("{{ tools is none and documents is none }}") == "True"
     assert rendered("{{ {'b': 1, 'a': [2]} | tojson(indent=1) }}") == (
         '{\n "b": 1,\n "a": [\n  2\n ]\n}'
     )

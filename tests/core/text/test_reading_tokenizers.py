@@ -65,6 +65,17 @@ def test_tokens_that_only_the_config_declares_are_added(model_folder):
     assert tokenizer.vocab_size == size + 2
 
 
+def test_the_config_decides_whether_a_token_is_special(model_folder):
+    folder = model_folder("x.json", {})
+    token = Tokenizer.from_folder(folder).encode("h")[0]
+    for special, text in ((True, "i"), (False, "hi")):
+        decoder = {str(token): {"content": "h", "special": special}}
+        model_folder("tokenizer_config.json", {"added_tokens_decoder": decoder})
+        tokenizer = Tokenizer.from_folder(folder)
+        assert (token in tokenizer.special_ids) == special
+        assert tokenizer.decode(tokenizer.encode("hi")) == text
+
+
 def test_a_token_under_another_id_is_refused(model_folder):
     decoder = {"7000": {"content": "<think>", "special": True}}
     folder = model_folder("tokenizer_config.json", {"added_tokens_decoder": decoder})
