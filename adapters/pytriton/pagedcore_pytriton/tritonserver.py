@@ -97,16 +97,14 @@ class TritonServer:
         """`workspace` is a folder that is made here."""
         from pytriton.triton import Triton, TritonConfig
 
-        forward = f"(?i){KEY_HEADER}" if server.api_key else None
         self._triton = Triton(
             workspace=workspace,
             config=TritonConfig(
                 http_address=server.host,
                 http_port=ports.http,
-                http_header_forward_pattern=forward,
                 grpc_address=server.host,
                 grpc_port=ports.grpc,
-                grpc_header_forward_pattern=forward,
+                grpc_header_forward_pattern=KEY_HEADER if server.api_key else None,
                 metrics_address=server.host,
                 metrics_port=ports.metrics,
                 allow_gpu_metrics=False,

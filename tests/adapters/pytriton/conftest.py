@@ -43,6 +43,11 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def port():
+    return free_port()
+
+
 def free_port():
     """The first of four free ports in a row."""
     while True:

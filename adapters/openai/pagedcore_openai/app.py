@@ -1,0 +1,76 @@
+"""build_app: the OpenAI surface as an ASGI application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from pagedcore.config import EngineConfig
+from pagedcore.engine.client import EngineClient
+from pagedcore.errors import PagedcoreError
+from pagedcore.server_config import ServerConfig
+from pagedcore_openai.endpoints import Endpoints
+from pagedcore_openai.errors import ApiError, as_api_error
+from pagedcore_openai.gate import Gate
+from pagedcore_openai.probes import Probes
+from pagedcore_openai.surface import Surface
+
+_CHAT_PAGE = Path(__file__).with_name("chat.html")
+
+
+def build_app(
+    client: EngineClient, config: EngineConfig, server: ServerConfig | None = None
+) -> FastAPI:
+    """The surface of the engine that `client` reaches, for one event loop.
+
+    It answers from the start and serves once the engine is ready. Its lifespan starts and ends
+    it; where that is not run, the first request starts it. `app.state.surface` is its `Surface`.
+    """
+    server = server or ServerConfig()
+    surface = Surface(client, config, server)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        surface.start()
+        yield
+        await surface.close()
+
+    app = FastAPI(
+        title="pagedcore",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.state.surface = surface
+    app.add_middleware(Gate, server=server)
+    for kind in (ApiError, PagedcoreError, ValidationError, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    Endpoints(surface).add_to(app)
+    Probes(surface).add_to(app)
+    app.add_api_route("/", _chat_page, methods=["GET"])
+    return app
+
+
+async def _chat_page(request: Request) -> Response:
+    return FileResponse(_CHAT_PAGE, media_type="text/html")
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return as_api_error(error).response()
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """No such path, or not with this method."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path[:200]}"
+    messages = {404: f"there is no {what}", 405: f"{what} is not allowed"}
+    message = messages.get(error.status_code, error.detail)
+    return ApiError(error.status_code, message, headers=error.headers).response()

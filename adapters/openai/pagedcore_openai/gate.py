@@ -1,0 +1,183 @@
+"""Keys, limits and deadlines, before a request is looked at (semantics 5.5).
+
+The gate stands in front of every route, also those of a framework that the surface is mounted in.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pagedcore.server_config import ServerConfig
+from pagedcore_openai.errors import ApiError
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_CLOSE = {"connection": "close"}
+REQUEST_ID = "pagedcore_request_id"
+"""Where a scope's state holds the id of STREAM-1."""
+
+
+def valid_request_id(value: str | None) -> str | None:
+    """`value`, if it can be a request's id."""
+    return value if value is not None and _ID.fullmatch(value) else None
+
+
+class Gate:
+    """ASGI middleware: an application behind it sees requests that are authorised and complete."""
+
+    def __init__(self, app: ASGIApp, server: ServerConfig) -> None:
+        self._app = app
+        self._server = server
+        self._digests = [_digest(key.encode()) for key in server.api_key]
+        self._exempt = frozenset(server.auth_exempt_paths)
+        self._in_flight: Counter[bytes] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what is in order; answer anything else."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._request(scope, receive, send)
+        elif self._digests:  # a websocket of the framework around us: keys are for HTTP
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._app(scope, receive, send)
+
+    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = _Headers(scope)
+        state = scope.setdefault("state", {})
+        state[REQUEST_ID] = valid_request_id(headers.get(b"x-request-id")) or uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = (b"x-request-id", state[REQUEST_ID].encode())
+                message = {**message, "headers": [*message.get("headers", ()), own]}
+            await send(message)
+
+        try:
+            self._check_headers(scope)
+            key = self._authorised(scope["path"], headers)
+            with self._counted(scope["method"], key):
+                if scope["method"] in ("POST", "PUT", "PATCH"):
+                    receive = _replay(await self._body(headers, receive), receive)
+                await self._app(scope, receive, send_with_id)
+        except ApiError as error:
+            await error.response()(scope, receive, send_with_id)
+
+    def _check_headers(self, scope: Scope) -> None:
+        fields = scope["headers"]
+        size = sum(len(name) + len(value) + 4 for name, value in fields)
+        server = self._server
+        if len(fields) > server.max_header_count or size > server.max_header_bytes:
+            raise ApiError(
+                431,
+                f"at most {server.max_header_count} headers of {server.max_header_bytes} bytes "
+                "in all are allowed",
+                headers=_CLOSE,
+            )
+
+    def _authorised(self, path: str, headers: "_Headers") -> bytes:
+        """The digest of the caller's key, empty without one; raises ApiError 401."""
+        scheme, _, key = (headers.get(b"authorization") or "").partition(" ")
+        digest = _digest(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else b""
+        if not self._digests or path in self._exempt:
+            return digest
+        # All are compared, so that the time tells nothing.
+        if not any([hmac.compare_digest(digest, known) for known in self._digests]):
+            message = "a valid API key is needed: send the header Authorization: Bearer <key>"
+            close = {"www-authenticate": "Bearer", **_CLOSE}
+            raise ApiError(401, message, headers=close)
+        return digest
+
+    @contextmanager
+    def _counted(self, method: str, key: bytes) -> Iterator[None]:
+        """Count a request of a key; callers without one share a count (QUEUE-4)."""
+        limit = self._server.max_inflight_per_key
+        if not limit or method != "POST":
+            yield
+            return
+        if self._in_flight[key] >= limit:
+            raise ApiError(
+                429,
+                f"{limit} requests of this key are in flight already",
+                headers={"retry-after": "1"},
+            )
+        self._in_flight[key] += 1
+        try:
+            yield
+        finally:
+            self._in_flight[key] -= 1
+            if not self._in_flight[key]:
+                del self._in_flight[key]
+
+    async def _body(self, headers: "_Headers", receive: Receive) -> bytes:
+        """The whole body; raises ApiError 400, 408, 413 or 415."""
+        limit = self._server.max_request_bytes
+        length = headers.get(b"content-length")
+        if length is not None:
+            if headers.get(b"transfer-encoding") is not None:
+                message = "a request may not have both content-length and transfer-encoding"
+                raise ApiError(400, message, headers=_CLOSE)
+            if not re.fullmatch("[0-9]{1,18}", length):
+                raise ApiError(400, "content-length must be a number", headers=_CLOSE)
+            if int(length) > limit:
+                raise _too_large(limit)
+        if (headers.get(b"content-encoding") or "identity") != "identity":
+            raise ApiError(415, "compressed bodies are not accepted", headers=_CLOSE)
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._server.http_read_timeout):
+                more = True
+                while more:
+                    message_in = await receive()
+                    if message_in["type"] != "http.request":
+                        raise ApiError(400, "the client went away before its body was complete")
+                    pieces.append(message_in.get("body", b""))
+                    size += len(pieces[-1])
+                    if size > limit:
+                        raise _too_large(limit)
+                    more = message_in.get("more_body", False)
+        except TimeoutError:
+            limit_s = self._server.http_read_timeout
+            message = f"the body was not complete within {limit_s:g} s"
+            raise ApiError(408, message, headers=_CLOSE) from None
+        return b"".join(pieces)
+
+
+class _Headers:
+    """A scope's headers by lower-case name; the first counts."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._fields: list[tuple[bytes, bytes]] = scope["headers"]
+
+    def get(self, name: bytes) -> str | None:
+        return next((v.decode("latin-1") for n, v in self._fields if n.lower() == name), None)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body may have at most {limit} bytes", headers=_CLOSE)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body at once, and then what `receive` gives."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

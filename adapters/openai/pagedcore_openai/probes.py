@@ -1,0 +1,81 @@
+"""Whether the server lives, is ready, and what it is doing (semantics LIFE-1)."""
+
+import asyncio
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from pagedcore import __version__
+from pagedcore.errors import EngineDeadError, OverloadedError
+from pagedcore.request import SamplingParams
+from pagedcore_openai.surface import Surface
+
+GENERATE_TIMEOUT_S = 10.0
+"""Seconds that one token may take in /health_generate (LIFE-2)."""
+
+
+class Probes:
+    """Routes for whoever watches the server."""
+
+    def __init__(self, surface: Surface) -> None:
+        self._surface = surface
+
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes."""
+        for path, endpoint in {
+            "/health": self.health,
+            "/ping": self.health,
+            "/livez": self.livez,
+            "/readyz": self.readyz,
+            "/health_generate": self.health_generate,
+            "/version": self.version,
+            "/load": self.load,
+        }.items():
+            methods = ["GET", "POST"] if path == "/ping" else ["GET"]
+            app.add_api_route(path, endpoint, methods=methods, response_model=None)
+
+    async def livez(self, request: Request) -> Response:
+        """Whether restarting would not help."""
+        self._surface.start()
+        if self._surface.client.dead:
+            raise EngineDeadError("it does not answer")
+        return Response()
+
+    async def health(self, request: Request) -> Response:
+        """Whether the engine works, be new requests taken or not."""
+        await self.livez(request)
+        _ = self._surface.inputs
+        return Response()
+
+    async def readyz(self, request: Request) -> Response:
+        """Whether new requests are taken."""
+        self._surface.start()
+        self._surface.check_open()
+        return Response()
+
+    async def health_generate(self, request: Request) -> Response:
+        """Whether a token can be generated."""
+        surface = self._surface
+        surface.start()
+        surface.check_open()
+        item = surface.inputs.completion([0], SamplingParams(max_tokens=1))
+        try:
+            async with (
+                asyncio.timeout(GENERATE_TIMEOUT_S),
+                surface.client.generate(item.prompt_token_ids, item.params) as generation,
+            ):
+                async for chunk in generation:
+                    if chunk.token_ids:
+                        return Response()
+        except TimeoutError:
+            pass
+        raise OverloadedError(f"no token within {GENERATE_TIMEOUT_S:g} s", "not_ready")
+
+    async def version(self, request: Request) -> Response:
+        """Of this software."""
+        return JSONResponse({"version": __version__})
+
+    async def load(self, request: Request) -> Response:
+        """Inference requests in flight."""
+        return JSONResponse({"server_load": self._surface.num_running})

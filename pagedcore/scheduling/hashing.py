@@ -1,0 +1,102 @@
+"""What identifies the content of a full block: a chain of hashes (semantics KV-1 to KV-5)."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedcore.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SEED = "pagedcore-prefix-v1"
+"""Equal in all processes, so that their hashes agree (KV-2)."""
+
+Extra = tuple[Any, ...] | None
+
+
+class BlockHasher:
+    """Computes `h_i = H(h_(i-1), tokens_i, extra_i)` with one of the algorithms of KV-4.
+
+    Raises ConfigError when the algorithm's library is not installed.
+    """
+
+    def __init__(self, algorithm: str) -> None:
+        if algorithm not in _ALGORITHMS:
+            raise ConfigError(
+                f"prefix_caching_hash_algo must be one of {', '.join(_ALGORITHMS)}, "
+                f"not {algorithm!r}"
+            )
+        self.is_cryptographic = algorithm.startswith("sha256")
+        """Otherwise a hit must compare the tokens as well (KV-13)."""
+        self._digest, self._pack = _ALGORITHMS[algorithm]()
+        self.first_parent = self._digest(self._pack(b"", [], (self._seed(),)))
+        """The parent of block 0 (KV-2)."""
+
+    def hash(self, parent: bytes, tokens: NDArray[np.int32], extra: Extra) -> bytes:
+        """Hash a full block: its tokens int32 [B], after the block with hash `parent`."""
+        return self._digest(self._pack(parent, tokens, extra))
+
+    def _seed(self) -> str:
+        chosen = os.environ.get("PYTHONHASHSEED", "random")
+        if chosen not in ("", "random"):
+            return chosen
+        if self.is_cryptographic:
+            return DEFAULT_SEED
+        logger.warning(
+            "block hashes are random in each process: caches cannot be shared. Set PYTHONHASHSEED, "
+            "or use --prefix-caching-hash-algo sha256"
+        )
+        return os.urandom(32).hex()
+
+
+def _pack_raw(parent: bytes, tokens: Any, extra: Extra) -> bytes:
+    """Our own serialisation: lengths stand in front, so no two inputs look alike."""
+    data = np.asarray(tokens, "<i4").tobytes()
+    head = b"%d,%d;" % (len(parent), len(data))
+    return head + parent + data + (repr(extra).encode() if extra else b"")
+
+
+def _cbor_packer() -> Callable[[bytes, Any, Extra], bytes]:
+    cbor2 = _library("cbor2")
+
+    def pack(parent: bytes, tokens: Any, extra: Extra) -> bytes:
+        """RFC 8949, section 4.2: deterministic encoding."""
+        content = [parent, np.asarray(tokens).tolist(), list(extra) if extra else None]
+        return bytes(cbor2.dumps(content, canonical=True))
+
+    return pack
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _xxh3() -> Callable[[bytes], bytes]:
+    digest: Callable[[bytes], bytes] = _library("xxhash").xxh3_128_digest  # big-endian
+    return digest
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"prefix_caching_hash_algo needs the package {name!r}: pip install pagedcore[hash]"
+        ) from error
+
+
+_ALGORITHMS: dict[
+    str, Callable[[], tuple[Callable[[bytes], bytes], Callable[[bytes, Any, Extra], bytes]]]
+] = {
+    "sha256": lambda: (_sha256, _pack_raw),
+    "sha256_cbor": lambda: (_sha256, _cbor_packer()),
+    "xxhash": lambda: (_xxh3(), _pack_raw),
+    "xxhash_cbor": lambda: (_xxh3(), _cbor_packer()),
+}

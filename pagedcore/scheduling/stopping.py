@@ -1,0 +1,53 @@
+"""Whether sequences end with their newest token (semantics STOP-1 to STOP-5)."""
+
+import numpy as np
+
+from pagedcore.request import FinishReason, RepetitionDetection
+from pagedcore.scheduling.table import SequenceTable
+from pagedcore.step import Bool, Int32
+
+End = tuple[FinishReason, int | None]
+"""Why a sequence ends, and the stop id that ended it, where one did."""
+
+
+def may_have_ended(table: SequenceTable, rows: Int32, tokens: Int32) -> Bool:
+    """Which of `rows` `why_ended` must look at, now that `tokens` are their last: bool [S]."""
+    ends: Bool = tokens == table.eos[rows]
+    ends |= table.num_known[rows] >= table.end[rows]
+    stop_ids = table.stop_ids[rows]
+    if (stop_ids[:, 0] >= 0).any():
+        ends |= (stop_ids == tokens[:, None]).any(axis=1)
+    ends |= table.needs_look[rows]
+    return ends
+
+
+def why_ended(table: SequenceTable, row: int) -> End | None:
+    """Why the sequence in a row ends with its last known token; None when it goes on."""
+    params = table.sequence(row).request.params
+    known = int(table.num_known[row])
+    start = int(table.num_prompt[row])
+    token = int(table.tokens[row, known - 1])
+    if token == table.eos[row]:
+        return FinishReason.STOP, None
+    if token in params.stop_token_ids:
+        return FinishReason.STOP, token
+    if known >= table.end[row]:
+        return FinishReason.LENGTH, None
+    if known - start < params.min_tokens:
+        return None
+    detection = params.repetition_detection
+    if detection is not None and is_repetition(table.tokens[row, start:known], detection):
+        return FinishReason.REPETITION, None
+    return None
+
+
+def is_repetition(outputs: Int32, detection: RepetitionDetection) -> bool:
+    """Whether `outputs` end in a pattern that stands there often enough (STOP-5)."""
+    for size in range(detection.min_pattern_size, detection.max_pattern_size + 1):
+        length = size * detection.min_count
+        if length > len(outputs):
+            return False
+        tail = outputs[-length:]
+        if np.array_equal(tail[size:], tail[:-size]):
+            return True
+    return False
