@@ -1,1 +1,17 @@
-"""To be described."""
+"""How a step runs: tensors, models, memory. No queues here: a `StepPlan` comes in, tokens go out.
+
+ops.py             Ops: the operations that models are made of
+torch_ops.py       TorchOps: each of them in plain torch, the CPU's path and the specification
+model.py           Model, Weights, ModelBuild: what a model plugin sees
+layers.py          the layers that models are written with
+rope.py            rotary angles, by the name of their scaling
+quantizer.py       Quantizer: how a weight format stores and multiplies; and the unquantized one
+checkpoint.py      Checkpoint: a folder's safetensors as Weights, checked before anything is read
+random_weights.py  RandomWeights: `load_format=dummy`
+memory.py          how many blocks the cache gets
+device_state.py    what the device keeps of each row: tokens, lengths, block tables
+batch.py           a `StepPlan` as tensors: the one crossing from bookkeeping to the device
+executor.py        Executor: launches steps; and building one from a configuration
+graphs.py          whole decode steps as CUDA graphs
+sampler.py, logits.py, logprobs.py, torch_sampling.py   from logits to tokens
+"""

@@ -139,8 +139,15 @@ class Ops(Protocol):
         """
         ...
 
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        """Weight [out, in] in the layout that `linear` is fastest with; called once, at the load.
+
+        The result still has the shape [out, in]; only `linear` of the same backend may read it.
+        """
+        ...
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, in] times weight [out, in], plus bias [out]: [T, out] in x's dtype."""
+        """x [T, in] times a packed weight [out, in], plus bias [out]: [T, out] in x's dtype."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -202,6 +209,25 @@ class Ops(Protocol):
         `qkv` is as `rope_and_cache` left it, and the step's own keys are in the cache already. The
         cache's spec may limit the window: a query at position p sees p - window + 1 .. p. With
         `soft_cap` c, scores become c * tanh(score / c) before the softmax, which is in float32.
+        """
+        ...
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        num_chosen: int,
+        *,
+        normalize: bool,
+    ) -> Tensor:
+        """A mixture of E experts of width F over x [T, h]: [T, h].
+
+        Each token takes the `num_chosen` experts with the largest softmax of router_logits [T, E]
+        in float32; `normalize` makes their weights sum to 1. An expert is
+        down[e] (silu(gate x) * up x), with gate_up [E, 2F, h], the gate's rows first, and down
+        [E, h, F].
         """
         ...
 

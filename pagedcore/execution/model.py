@@ -1,0 +1,104 @@
+"""What a model plugin sees: where its weights come from, what it is built with, what it must do.
+
+A model is built once, and its constructor takes every weight it needs by name: there is no second
+pass that loads. It is built twice at a start: first with weights on the device "meta", so that a
+missing or wrong-shaped tensor, or a config that lies, is found before anything is read or
+allocated; then for good. Letters:
+
+    T tokens in the step   S sequences   h hidden size   V vocabulary
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.ops import LayerCache, Ops, StepBatch
+
+if TYPE_CHECKING:
+    from pagedcore.execution.quantizer import Quantizer
+
+
+class Weights(Protocol):
+    """Where tensors come from: a checkpoint, random numbers, or shapes alone (device "meta")."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        ...
+
+    def take(
+        self,
+        name: str,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        dim: int | None = None,
+    ) -> Tensor:
+        """The tensor, on the model's device and contiguous; the caller owns it.
+
+        `shape` is that of the whole tensor; with `dim`, only this rank's share of that dimension
+        comes back. `dtype` None is the model's. Raises ModelError, with the tensor's name, what was
+        expected and what was found, when it is missing or has another shape.
+        """
+        ...
+
+    def ignore(self, prefix: str) -> None:
+        """Tensors whose names begin like this are known, and not needed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBuild:
+    """What a model's constructor gets."""
+
+    config: Mapping[str, Any]
+    """The checkpoint's config.json."""
+
+    weights: Weights
+    """Tensors by the checkpoint's names."""
+
+    quantizer: "Quantizer"
+    """How linear layers and experts are stored and multiplied."""
+
+    ops: Ops
+    """The backend's operations, which layers hold on to."""
+
+    dtype: torch.dtype
+    """Of activations, and of weights that are not quantized."""
+
+    device: torch.device
+    """Where the model runs; "meta" while only shapes are looked at."""
+
+    max_positions: int
+    """Positions that rotary tables must cover."""
+
+
+class Model(Protocol):
+    """A decoder. A plugin's class is called with a ModelBuild and nothing else.
+
+    Raises ModelError, naming the field, for a config.json that it cannot run.
+    """
+
+    cache_specs: Sequence[CacheSpec | None]
+    """What each layer keeps of the past; None keeps nothing."""
+
+    vocab_size: int
+    """V, the rows of the head."""
+
+    def __init__(self, build: ModelBuild) -> None: ...
+
+    def forward(
+        self, token_ids: Tensor, batch: StepBatch, caches: Sequence[LayerCache | None]
+    ) -> Tensor:
+        """Run token ids [T] int64 through all layers: the last norm's output [T, h].
+
+        `caches` has one entry per layer. Reads nothing on the host, so that it can be captured.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores [S, V], in any float type, for hidden states [S, h] that `forward` returned."""
+        ...

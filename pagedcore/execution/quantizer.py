@@ -1,0 +1,155 @@
+"""How a weight format stores linear layers and experts, and multiplies with them.
+
+    T tokens   E experts   C experts chosen per token   F expert width   h hidden size
+
+A quantizer takes the tensors that its format has for a layer from the checkpoint, by the names of
+the layer's parts: `model.layers.0.self_attn.q_proj` and its siblings become one matrix. It is asked
+twice, first with weights on the device "meta": then shapes are all that counts.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pagedcore.execution.model import Weights
+from pagedcore.execution.ops import Ops
+
+
+class LinearMethod(Protocol):
+    """The stored weight of one linear layer."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [T, in] times the weight, plus the bias where there is one: [T, out] in x's dtype."""
+        ...
+
+
+class ExpertsMethod(Protocol):
+    """The stored weights of one layer's experts."""
+
+    def apply(self, x: Tensor, router_logits: Tensor, num_chosen: int, normalize: bool) -> Tensor:
+        """Mix the experts that router_logits [T, E] choose for x [T, h]; see `Ops.moe`."""
+        ...
+
+
+class Quantizer(Protocol):
+    """A weight format. A factory in the `pagedcore_quantizers` hook makes it."""
+
+    name: str
+    """As in `--quantization`."""
+
+    def linear(
+        self,
+        weights: Weights,
+        ops: Ops,
+        names: Sequence[str],
+        in_features: int,
+        out_features: Sequence[int],
+        *,
+        bias: bool,
+        dim: int | None,
+    ) -> LinearMethod:
+        """Take one matrix of sum(out_features) rows, its parts below each other.
+
+        `dim` is what tensor parallelism divides: 0 the rows, 1 the columns, None nothing.
+        """
+        ...
+
+    def experts(
+        self, weights: Weights, ops: Ops, prefix: str, num_experts: int, h: int, width: int
+    ) -> ExpertsMethod:
+        """Take the experts `{prefix}.{e}.gate_proj`, `.up_proj` and `.down_proj`, e < E."""
+        ...
+
+
+class Unquantized:
+    """Weights as they are, in the model's type."""
+
+    name = "none"
+
+    def linear(
+        self,
+        weights: Weights,
+        ops: Ops,
+        names: Sequence[str],
+        in_features: int,
+        out_features: Sequence[int],
+        *,
+        bias: bool,
+        dim: int | None,
+    ) -> LinearMethod:
+        """See `Quantizer.linear`."""
+        weight, added = take_linear(weights, names, in_features, out_features, bias=bias, dim=dim)
+        return UnquantizedLinear(ops, weight, added)
+
+    def experts(
+        self, weights: Weights, ops: Ops, prefix: str, num_experts: int, h: int, width: int
+    ) -> ExpertsMethod:
+        """See `Quantizer.experts`."""
+        return UnquantizedExperts(ops, *take_experts(weights, prefix, num_experts, h, width))
+
+
+class UnquantizedLinear:
+    """A matrix in the backend's own layout."""
+
+    def __init__(self, ops: Ops, weight: Tensor, bias: Tensor | None) -> None:
+        self._ops = ops
+        self._weight = weight if weight.is_meta else ops.pack_linear(weight)
+        self._bias = bias
+
+    def apply(self, x: Tensor) -> Tensor:
+        """See `LinearMethod.apply`."""
+        return self._ops.linear(x, self._weight, self._bias)
+
+
+class UnquantizedExperts:
+    """Two stacks of matrices."""
+
+    def __init__(self, ops: Ops, gate_up: Tensor, down: Tensor) -> None:
+        self._ops = ops
+        self._gate_up = gate_up
+        self._down = down
+
+    def apply(self, x: Tensor, router_logits: Tensor, num_chosen: int, normalize: bool) -> Tensor:
+        """See `ExpertsMethod.apply`."""
+        return self._ops.moe(
+            x, router_logits, self._gate_up, self._down, num_chosen, normalize=normalize
+        )
+
+
+def take_linear(
+    weights: Weights,
+    names: Sequence[str],
+    in_features: int,
+    out_features: Sequence[int],
+    *,
+    bias: bool,
+    dim: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One matrix [out, in] in the model's type, and its bias [out], from its parts' names."""
+    parts = list(zip(names, out_features, strict=True))
+    matrices = [weights.take(f"{n}.weight", (rows, in_features), dim=dim) for n, rows in parts]
+    weight = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    if not bias:
+        return weight, None
+    share = 0 if dim == 0 else None
+    return weight, torch.cat([weights.take(f"{n}.bias", (rows,), dim=share) for n, rows in parts])
+
+
+def take_experts(
+    weights: Weights, prefix: str, num_experts: int, h: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """gate_up [E, 2F, h], the gate's rows first, and down [E, h, F], in the model's type."""
+    gate_up: Tensor | None = None
+    down: Tensor | None = None
+    for e in range(num_experts):  # filled one by one, so that no expert is in memory twice
+        gate = weights.take(f"{prefix}.{e}.gate_proj.weight", (width, h))
+        if gate_up is None or down is None:
+            gate_up = gate.new_empty(num_experts, 2 * width, h)
+            down = gate.new_empty(num_experts, h, width)
+        gate_up[e, :width] = gate
+        gate_up[e, width:] = weights.take(f"{prefix}.{e}.up_proj.weight", (width, h))
+        down[e] = weights.take(f"{prefix}.{e}.down_proj.weight", (h, width))
+    assert gate_up is not None and down is not None, "a mixture has at least one expert"
+    return gate_up, down
