@@ -7,7 +7,7 @@ import pluggy
 from pagedcore.config import EngineConfig, Usage
 from pagedcore.engine.engine import Engine
 from pagedcore.engine.info import EngineInfo
-from pagedcore.execution.executor import build_executor
+from pagedcore.execution.loading import build_executor
 from pagedcore.plugins import choose, collect, load_plugins
 from pagedcore.scheduling.scheduler import Scheduler
 from pagedcore.sources import find_model
@@ -63,6 +63,6 @@ def build_engine(
         scheduler,
         executor,
         info,
-        async_scheduling=config.scheduler.async_scheduling,
+        async_scheduling=config.scheduler.async_scheduling and executor.overlaps,
         plugins=plugins,
     )

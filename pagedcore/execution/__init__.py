@@ -8,10 +8,13 @@ rope.py            rotary angles, by the name of their scaling
 quantizer.py       Quantizer: how a weight format stores and multiplies; and the unquantized one
 checkpoint.py      Checkpoint: a folder's safetensors as Weights, checked before anything is read
 random_weights.py  RandomWeights: `load_format=dummy`
+devices.py         which device, in what type
 memory.py          how many blocks the cache gets
+kv_cache.py        allocates them, and measures what else a step needs
 device_state.py    what the device keeps of each row: tokens, lengths, block tables
 batch.py           a `StepPlan` as tensors: the one crossing from bookkeeping to the device
-executor.py        Executor: launches steps; and building one from a configuration
+executor.py        Executor: launches steps
+loading.py         an Executor from a configuration: device, model, cache, in this order
 graphs.py          whole decode steps as CUDA graphs
 sampler.py, logits.py, logprobs.py, torch_sampling.py   from logits to tokens
 """

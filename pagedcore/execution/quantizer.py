@@ -151,5 +151,6 @@ def take_experts(
         gate_up[e, :width] = gate
         gate_up[e, width:] = weights.take(f"{prefix}.{e}.up_proj.weight", (width, h))
         down[e] = weights.take(f"{prefix}.{e}.down_proj.weight", (h, width))
-    assert gate_up is not None and down is not None, "a mixture has at least one expert"
+    assert gate_up is not None, "a mixture has at least one expert"
+    assert down is not None
     return gate_up, down

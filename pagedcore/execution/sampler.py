@@ -125,6 +125,10 @@ class Sampler:
         """Whether every sequence of rows [S] takes the most likely token."""
         return bool(self._is_greedy[rows].all())
 
+    def is_filtered(self, rows: Int32) -> bool:
+        """Whether some sequence of rows [S] uses min_p, top_k or top_p."""
+        return bool(self._is_filtered[rows].any())
+
     def wants_prompt_logprobs(self, row: int) -> int | None:
         """How many of the most likely tokens the prompt positions of `row` report; None: none."""
         wanted = int(self._num_prompt_logprobs[row])
@@ -157,15 +161,25 @@ class Sampler:
             history = History(tokens_table, rows_device, num_known, longest)
             self._edits.apply(edited, rows, history)
         tokens = self._ops.sample(edited, sampling)
-        # The token that greedy takes is the largest; looking for it again would read all logits.
-        largest = (
-            edited.gather(1, tokens[:, None])[:, 0] if sampling.all_greedy else edited.amax(-1)
-        )
+        largest = _largest(edited, tokens, sampling.all_greedy)
         logprobs = None
         if batch.wanted is not None:
             scored = logits if self._is_raw else edited
             logprobs = self._logprobs(scored, tokens, sampling, batch.wanted)
         return Drawn(tokens, ~largest.isfinite(), logprobs)
+
+    def draw_by_row(
+        self, logits: Tensor, rows: Tensor, num_known: Tensor, *, all_greedy: bool, any_filter: bool
+    ) -> Drawn:
+        """The same for rows [S] int64 that only the device knows, as in graphs.
+
+        They must be rows that `is_plain`; `all_greedy` and `any_filter` say what they may hold.
+        """
+        sampling, seeds = self._sampling(rows, all_greedy, any_filter)
+        if not all_greedy:
+            sampling.uniform = uniform(seeds, num_known)
+        tokens = self._ops.sample(logits, sampling)
+        return Drawn(tokens, ~_largest(logits, tokens, all_greedy).isfinite(), None)
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, k: int) -> list[TokenLogprobs]:
         """Log-probabilities at N prompt positions, before any edit or filter. Waits for the device.
@@ -183,7 +197,19 @@ class Sampler:
         return self._vocab_size if asked < 0 else min(asked, self._vocab_size)
 
     def _derive(self, rows: Int32, rows_device: Tensor) -> _Batch:
-        columns = self._state.index_select(1, rows_device)
+        sampling, seeds = self._sampling(rows_device, self.is_greedy(rows), self.is_filtered(rows))
+        num_top = self._num_logprobs[rows]
+        index = np.flatnonzero(num_top != _NONE)
+        wanted = None
+        if len(index):
+            wanted = _Wanted(index, upload(index, self._device), num_top[index].tolist())
+        return _Batch(rows, sampling, seeds, bool(self._is_edited[rows].any()), wanted)
+
+    def _sampling(
+        self, rows: Tensor, all_greedy: bool, any_filter: bool
+    ) -> tuple[SamplingTensors, Tensor]:
+        """Parameters and seeds [S] int64 of rows [S] on the device."""
+        columns = self._state.index_select(1, rows)
         temperature, min_p, top_p = columns[:3].view(torch.float64).float()
         sampling = SamplingTensors(
             temperature=temperature,
@@ -191,15 +217,10 @@ class Sampler:
             top_k=columns[3].int(),
             top_p=top_p,
             uniform=torch.zeros_like(temperature),
-            all_greedy=self.is_greedy(rows),
-            any_filter=bool(self._is_filtered[rows].any()),
+            all_greedy=all_greedy,
+            any_filter=any_filter,
         )
-        num_top = self._num_logprobs[rows]
-        index = np.flatnonzero(num_top != _NONE)
-        wanted = None
-        if len(index):
-            wanted = _Wanted(index, upload(index, self._device), num_top[index].tolist())
-        return _Batch(rows, sampling, columns[4], bool(self._is_edited[rows].any()), wanted)
+        return sampling, columns[4]
 
     def _logprobs(
         self, logits: Tensor, tokens: Tensor, sampling: SamplingTensors, wanted: _Wanted
@@ -215,6 +236,11 @@ class Sampler:
 
     def _values(self, scores: Tensor) -> Tensor:
         return scores.log_softmax(-1) if self._is_normalised else scores
+
+
+def _largest(logits: Tensor, tokens: Tensor, all_greedy: bool) -> Tensor:
+    """The largest of each row [S, V]. What greedy drew is it; looking again would read it all."""
+    return logits.gather(1, tokens[:, None])[:, 0] if all_greedy else logits.amax(-1)
 
 
 def _pick(sampling: SamplingTensors, index: Tensor) -> SamplingTensors:

@@ -1,0 +1,62 @@
+"""What the device keeps of each row: its tokens, and its blocks.
+
+    R rows    L longest sequence    G cache groups    M table entries per row
+
+A row more than R stands for padding in graphs: its blocks are the null block, its tokens are 0.
+Only what has changed is uploaded, in copies that nothing waits for.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pagedcore.execution.logits import upload
+from pagedcore.step import Admission, Int32
+
+
+class DeviceState:
+    """Tokens and block tables, by row."""
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        max_model_len: int,
+        num_groups: int,
+        max_blocks: int,
+        device: torch.device,
+    ) -> None:
+        self.padding_row = num_rows
+        """R: the row that no sequence has."""
+        self._device = device
+        self._width = max_model_len + 1
+        # Torch leaves memory that nobody touches to others, so long tables cost little on the host.
+        self.tokens = torch.empty(num_rows + 1, self._width, dtype=torch.int32, device=device)
+        """[R + 1, L + 1] int32: known tokens, and those that steps in flight are drawing."""
+        self.tokens[num_rows].zero_()
+        self.block_tables = torch.zeros(
+            num_groups, num_rows + 1, max_blocks, dtype=torch.int32, device=device
+        )
+        """[G, R + 1, M] int32."""
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Write the known tokens of rows that start."""
+        if not admissions:
+            return
+        counts = np.array([len(a.token_ids) for a in admissions])
+        starts = np.array([a.row for a in admissions], np.int64) * self._width
+        ends = np.cumsum(counts)
+        index = np.repeat(starts - ends + counts, counts) + np.arange(ends[-1])
+        token_ids = np.concatenate([a.token_ids for a in admissions])
+        flat = self.tokens.view(-1)
+        flat.index_copy_(0, upload(index, self._device), upload(token_ids, self._device))
+
+    def update_tables(self, updates: Int32) -> None:
+        """Write block-table entries [N, 4]: group, row, index in the table, block."""
+        if len(updates) == 0:
+            return
+        _, rows, entries = self.block_tables.shape
+        index = (updates[:, 0].astype(np.int64) * rows + updates[:, 1]) * entries + updates[:, 2]
+        both = upload(np.stack((index, updates[:, 3])), self._device)
+        self.block_tables.view(-1).index_copy_(0, both[0], both[1].int())

@@ -1,0 +1,167 @@
+"""Whole decode steps as CUDA graphs: gather by row, forward, logits, draw, write back, advance.
+
+    N bucket: sequences of a graph, padded up    K kind: how its tokens are drawn
+
+Everything a step needs is on the device already: rows and positions lie in fixed buffers that the
+graph itself advances, so a step whose rows are those of the last one uploads nothing. Graphs are
+captured when a bucket is needed for the second time, or in advance, while nothing else is to do.
+They share one pool of memory: steps run one after another, so their activations may overlap.
+"""
+
+import logging
+from collections import Counter
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagedcore.execution.batch import slots_of
+from pagedcore.execution.device_state import DeviceState
+from pagedcore.execution.logits import upload
+from pagedcore.execution.ops import StepBatch
+from pagedcore.step import Int32, Int64, StepPlan
+
+logger = logging.getLogger(__name__)
+
+
+class DrawKind(Enum):
+    """What a graph's rows have in common."""
+
+    GREEDY = "greedy"
+    PLAIN = "plain"
+    """Temperatures, and no filter."""
+    FILTERED = "filtered"
+
+
+class DecodeStep(Protocol):
+    """What is captured: a forward pass, logits and a draw."""
+
+    def __call__(
+        self, token_ids: Tensor, batch: StepBatch, rows: Tensor, num_known: Tensor, kind: DrawKind
+    ) -> Tensor:
+        """int64 [N]: tokens, or -1 - token where the logits were not finite."""
+        ...
+
+
+def bucket_sizes(max_num_seqs: int) -> list[int]:
+    """Sizes that graphs are captured for: fine where a step is short, coarse where it is long."""
+    steps = ((1, 2, 1), (2, 4, 2), (4, 8, 4), (8, 32, 8), (32, 128, 16), (128, 256, 32))
+    sizes = [n for start, end, step in steps for n in range(start, end, step)]
+    sizes += range(256, max_num_seqs + 64, 64)
+    return [n for n in sizes if n < max_num_seqs] + [max_num_seqs]
+
+
+class DecodeGraphs:
+    """Runs pure decode steps. `step` is what one consists of; `max_num_seqs` is the largest N."""
+
+    def __init__(
+        self, step: DecodeStep, state: DeviceState, *, max_num_seqs: int, block_size: int
+    ) -> None:
+        self._step = step
+        self._state = state
+        self._block_size = block_size
+        self._sizes = bucket_sizes(max_num_seqs)
+        self._bucket_of = np.repeat(self._sizes, np.diff([0, *self._sizes])).tolist()
+        device = state.tokens.device
+        self._rows = torch.full(
+            (max_num_seqs,), state.padding_row, dtype=torch.int64, device=device
+        )
+        self._positions = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._last: Int32 | None = None
+        self._num_filled = 0
+        self._uses: Counter[tuple[int, DrawKind]] = Counter()
+        self._graphs: dict[tuple[int, DrawKind], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._ahead = [(n, DrawKind.GREEDY) for n in reversed(self._sizes)]
+        self._ahead += [(n, DrawKind.PLAIN) for n in reversed(self._sizes)]
+
+    def run(self, plan: StepPlan, kind: DrawKind) -> Tensor | None:
+        """Start a step in which every sequence runs one token and draws one; None: not captured.
+
+        Returns int64 [S] on the device, valid until the next step: see `DecodeStep`.
+        """
+        num_seqs = len(plan.rows)
+        key = (self._bucket_of[num_seqs - 1], kind)
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._uses[key] += 1
+            if self._uses[key] < 2:
+                self._last = None
+                return None
+            graph = self._capture(key)
+        if self._last is not plan.rows:
+            self._write(plan.rows, plan.num_computed)
+        graph.replay()
+        return self._drawn[:num_seqs]
+
+    def forget_rows(self) -> None:
+        """A step ran that these graphs did not: positions have to be uploaded again."""
+        self._last = None
+
+    def capture_next(self) -> bool:
+        """Capture one more of the common graphs in advance; False when there is none left."""
+        while self._ahead:
+            key = self._ahead.pop(0)
+            if key not in self._graphs:
+                self._capture(key)
+                return True
+        return False
+
+    def _write(self, rows: Int32, num_computed: Int32) -> None:
+        num_seqs = len(rows)
+        filled = max(num_seqs, self._num_filled)  # what an earlier step left behind is padded
+        both: Int64 = np.zeros((2, filled), np.int64)
+        both[0] = self._state.padding_row
+        both[0, :num_seqs], both[1, :num_seqs] = rows, num_computed
+        uploaded = upload(both, self._rows.device)
+        self._rows[:filled].copy_(uploaded[0])
+        self._positions[:filled].copy_(uploaded[1])
+        self._last, self._num_filled = rows, num_seqs
+
+    def _capture(self, key: tuple[int, DrawKind]) -> torch.cuda.CUDAGraph:
+        size, kind = key
+        self._last = None
+        self._rows.fill_(self._state.padding_row)
+        self._positions.zero_()
+        self._num_filled = 0
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._run_once(size, kind)  # compiles and sets up what must not happen in a capture
+            # torch.cuda.graph() would collect garbage and empty the allocator's cache each time
+            graph.capture_begin(pool=self._pool)
+            try:
+                self._run_once(size, kind)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._graphs[key] = graph
+        logger.debug("captured a decode graph for %d sequences (%s)", size, kind.value)
+        return graph
+
+    def _run_once(self, size: int, kind: DrawKind) -> None:
+        state = self._state
+        rows, positions = self._rows[:size], self._positions[:size]
+        is_real = rows != state.padding_row
+        num_known = positions + 1
+        batch = StepBatch(
+            positions=positions,
+            rows=rows.int(),
+            query_start=torch.arange(size + 1, dtype=torch.int32, device=rows.device),
+            context_len=(num_known * is_real).int(),
+            block_tables=state.block_tables,
+            slots=slots_of(state.block_tables, rows, positions, self._block_size),
+            num_single=size,
+            max_query_len=1,
+            max_context_len=state.tokens.shape[1] - 1,
+        )
+        token_ids = state.tokens[rows, positions].long()
+        drawn = self._step(token_ids, batch, rows, num_known, kind)
+        self._drawn[:size].copy_(drawn)
+        tokens = torch.where(drawn < 0, -1 - drawn, drawn)
+        state.tokens[rows, num_known] = tokens.int()
+        positions.add_(is_real)

@@ -1,0 +1,85 @@
+"""Allocate the caches of all layers, and measure what else a step needs."""
+
+from dataclasses import replace
+
+import torch
+
+from pagedcore.cache_spec import CacheGroup
+from pagedcore.config import EngineConfig
+from pagedcore.execution import memory
+from pagedcore.execution.batch import profile_batch
+from pagedcore.execution.model import Model
+from pagedcore.execution.ops import LayerCache, Ops, SamplingTensors
+
+
+class CacheMaker:
+    """Allocates the caches of all layers; layers of different groups share buffers (MEM-5)."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        groups: tuple[CacheGroup, ...],
+        num_layers: int,
+        config: EngineConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        assert config.cache.block_size is not None
+        self.block_size = config.cache.block_size
+        self.block_bytes = memory.bytes_per_block(groups, self.block_size, dtype.itemsize)
+        self._ops = ops
+        self.groups = groups
+        self._num_layers = num_layers
+        self._dtype = dtype
+        self._device = device
+
+    def __call__(self, num_blocks: int) -> list[LayerCache | None]:
+        """One entry per layer, of `num_blocks` blocks each."""
+        caches: list[LayerCache | None] = [None] * self._num_layers
+        buffers: dict[tuple[object, int], LayerCache] = {}
+        for number, group in enumerate(self.groups):
+            for index, layer in enumerate(group.layers):
+                key = (memory.buffer_key(group.spec), index)
+                if key in buffers:
+                    caches[layer] = replace(buffers[key], spec=group.spec, group=number)
+                    continue
+                caches[layer] = buffers[key] = self._ops.new_cache(
+                    group.spec, number, num_blocks, self.block_size, self._dtype, self._device
+                )
+        return caches
+
+
+@torch.inference_mode()
+def profile(
+    model: Model, ops: Ops, make: CacheMaker, config: EngineConfig, device: torch.device
+) -> int:
+    """Peak bytes of this process's allocator in the largest step, weights included (MEM-2)."""
+    num_tokens, num_seqs = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
+    length = config.model.max_model_len
+    assert num_tokens is not None
+    assert num_seqs is not None
+    assert length is not None
+    torch.cuda.reset_peak_memory_stats(device)
+    longest = min(length, num_tokens)
+    entries = -(-longest // make.block_size)
+    tables = torch.zeros(len(make.groups), 1, entries, dtype=torch.int32, device=device)
+    token_ids, batch = profile_batch(num_tokens, longest, tables, device)
+    ops.begin_step(batch)
+    hidden = model.forward(token_ids, batch, make(2))
+    logits = model.logits(hidden[:1].expand(num_seqs, -1).contiguous())
+    zeros = torch.zeros(num_seqs, device=device)
+    sampling = SamplingTensors(
+        temperature=zeros + 1,
+        min_p=zeros,
+        top_k=zeros.int() + 50,
+        top_p=zeros + 0.9,
+        uniform=zeros + 0.5,
+        all_greedy=False,
+        any_filter=True,
+    )
+    ops.sample(logits, sampling)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    del hidden, logits, batch, token_ids
+    torch.cuda.empty_cache()
+    return peak

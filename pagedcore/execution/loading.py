@@ -1,0 +1,168 @@
+"""An Executor from a configuration: device, backend, model, cache, in this order.
+
+Whatever can be known to be wrong is found before a weight is read: the model is built on the device
+"meta" first, where its weights have shapes and nothing else.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import torch
+
+from pagedcore.cache_spec import group_layers
+from pagedcore.config import EngineConfig, Usage
+from pagedcore.errors import ConfigError, ModelError
+from pagedcore.execution import memory
+from pagedcore.execution.checkpoint import Checkpoint
+from pagedcore.execution.devices import available_bytes, choose_dtype, find_device, total_bytes
+from pagedcore.execution.executor import Executor
+from pagedcore.execution.kv_cache import CacheMaker, profile
+from pagedcore.execution.model import ModelBuild, Weights
+from pagedcore.execution.ops import Ops
+from pagedcore.execution.quantizer import Quantizer, Unquantized
+from pagedcore.execution.random_weights import RandomWeights
+from pagedcore.plugins import choose, collect
+
+
+def build_executor(
+    config: EngineConfig, folder: Path, plugins: pluggy.PluginManager, usage: Usage
+) -> Executor:
+    """Load a model folder and size its cache.
+
+    Raises ConfigError, ModelError, PluginError or UnknownNameError.
+    """
+    started = time.perf_counter()
+    device = find_device(config.execution.device)
+    ops = _choose_backend(config, device, plugins)
+    checkpoint = Checkpoint(folder)
+    model_class = choose(plugins, "pagedcore_models", _architecture(checkpoint.config))()
+    quantizer = _choose_quantizer(config, checkpoint.config, plugins)
+    dtype = choose_dtype(config.model.dtype, checkpoint.dtype, device)
+    own_length = longest_context(checkpoint.config)
+    asked = config.model.max_model_len
+    _check_asked_length(asked, own_length)
+    config = config.resolve(
+        usage=usage,
+        device_memory_gib=total_bytes(device) / memory.GIB if device.type == "cuda" else None,
+        is_a100=device.type == "cuda" and "A100" in torch.cuda.get_device_name(device),
+        max_model_len=own_length if asked in (None, -1) else asked,
+        block_size=ops.block_size,
+    )
+    build = ModelBuild(
+        config=checkpoint.config,
+        weights=checkpoint.shapes(dtype),
+        quantizer=quantizer,
+        ops=ops,
+        dtype=dtype,
+        device=torch.device("meta"),
+        max_positions=config.model.max_model_len or own_length,
+    )
+    if config.model.load_format != "dummy":
+        model_class(build)
+        checkpoint.check_all_taken()
+    available = available_bytes(config, device)
+    if isinstance(quantizer, Unquantized):
+        memory.check_weights_fit(checkpoint.num_bytes, available)
+    weights: Weights
+    if config.model.load_format == "dummy":
+        weights = RandomWeights(dtype, device, config.execution.seed)
+    else:
+        weights = checkpoint.tensors(dtype, device)
+    with torch.inference_mode():
+        model = model_class(replace(build, weights=weights, device=device))
+    loaded = time.perf_counter()
+
+    groups = group_layers(model.cache_specs)
+    cache_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
+    make = CacheMaker(ops, groups, len(model.cache_specs), config, cache_dtype, device)
+    if device.type == "cuda":
+        available -= profile(model, ops, make, config, device) + memory.OUTSIDE_BYTES
+    else:
+        available = int(config.cache.cpu_kv_cache_gib * memory.GIB)
+    num_blocks = memory.count_blocks(config.cache, available, make.block_bytes)
+    length = memory.check_length(
+        asked, own_length, groups, num_blocks, make.block_size, make.block_bytes
+    )
+    return Executor(
+        replace(config, model=replace(config.model, max_model_len=length)),
+        model,
+        ops,
+        device=device,
+        dtype=dtype,
+        caches=make(num_blocks),
+        groups=groups,
+        num_blocks=num_blocks,
+        startup_seconds={"weights": loaded - started, "profile": time.perf_counter() - loaded},
+    )
+
+
+def longest_context(config: Mapping[str, Any]) -> int:
+    """Positions that a model was made for, by its config.json; raises ModelError without any."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(f"config.json: {name} must be a positive integer, not {value!r}")
+        return math.floor(value * _stretch(config))
+    raise ModelError(
+        "config.json does not say how long a context the model takes: "
+        "max_position_embeddings is missing"
+    )
+
+
+def _stretch(config: Mapping[str, Any]) -> float:
+    """How many times longer rotary scaling makes a context than max_position_embeddings says."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        return 1.0
+    kind = scaling.get("rope_type", scaling.get("type"))
+    factor = scaling.get("factor")
+    if kind not in ("linear", "dynamic") or not isinstance(factor, int | float):
+        return 1.0  # the others say the scaled length
+    return max(1.0, float(factor))
+
+
+def _check_asked_length(asked: int | None, own: int) -> None:
+    if asked is not None and asked > own:
+        raise ConfigError(
+            f"max_model_len={asked} is more than the model's own {own}: lower it, or use -1"
+        )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, Sequence) or not names or not isinstance(names[0], str):
+        raise ModelError("config.json names no architecture: `architectures` is missing or empty")
+    return names[0]
+
+
+def _choose_backend(
+    config: EngineConfig, device: torch.device, plugins: pluggy.PluginManager
+) -> Ops:
+    name = config.execution.backend
+    if name is None:
+        offered = collect(plugins, "pagedcore_backends")
+        name = "triton" if device.type == "cuda" and "triton" in offered else "torch"
+    ops: Ops = choose(plugins, "pagedcore_backends", name)(str(device))
+    return ops
+
+
+def _choose_quantizer(
+    config: EngineConfig, of_model: Mapping[str, Any], plugins: pluggy.PluginManager
+) -> Quantizer:
+    settings = of_model.get("quantization_config") or {}
+    if not isinstance(settings, Mapping):
+        raise ModelError("config.json: quantization_config must be an object")
+    name = config.model.quantization or settings.get("quant_method")
+    if name is None and settings:
+        raise ModelError("config.json: quantization_config names no quant_method")
+    if name is None or (name == "none" and not settings):
+        return Unquantized()
+    quantizer: Quantizer = choose(plugins, "pagedcore_quantizers", str(name))(settings)
+    return quantizer
