@@ -58,7 +58,7 @@ def _halves(packed: Bytes) -> Bytes:
 
 def _fifth_bits(packed: Bytes) -> Bytes:
     """Bits [n, 4] as values to add, 0 or 16, [n, 32]."""
-    return np.unpackbits(packed, axis=-1, bitorder="little") << 4
+    return np.unpackbits(packed, axis=-1, bitorder="little") * np.uint8(16)
 
 
 def _f32(blocks: Bytes) -> Floats:
@@ -105,8 +105,8 @@ def _q4_k(blocks: Bytes) -> Floats:
 def _q5_k(blocks: Bytes) -> Floats:
     q = _halves(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     # Bit s of byte i is the fifth bit of value i in the s-th run of 32.
-    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    return _scale_k(blocks, q | fifth << 4)
+    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & np.uint8(1)
+    return _scale_k(blocks, q | fifth * np.uint8(16))
 
 
 def _scale_k(blocks: Bytes, q: Bytes) -> Floats:

@@ -215,7 +215,7 @@ def _add_tokens(metadata: Metadata, tokenizer: Tokenizer, tokens: Sequence[str])
 
 
 def _per_token(
-    metadata: Metadata, name: str, count: int, kind: type[np.generic]
+    metadata: Metadata, name: str, count: int, kind: type[np.floating[Any]] | type[np.integer[Any]]
 ) -> npt.NDArray[Any] | None:
     """An array that has one number for each token, or None where the file has none."""
     key = f"tokenizer.ggml.{name}"

