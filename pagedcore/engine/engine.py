@@ -38,6 +38,10 @@ class StepExecutor(Protocol):
         """Start a step and return at once. Steps run in the order of their launches."""
         ...
 
+    def prepare(self) -> bool:
+        """Do a piece of work that later steps profit from; False when none is left."""
+        ...
+
     def shutdown(self) -> None:
         """Wait for steps in flight and give the device's memory back."""
         ...
@@ -141,6 +145,13 @@ class Engine:
         if not self._in_flight or (launched and len(self._in_flight) < self._depth):
             return None
         return self._collect_oldest()
+
+    def prepare(self) -> bool:
+        """While there is no work: get ready for more, such as by capturing one more graph.
+
+        Takes a fraction of a second; False when nothing is left to prepare.
+        """
+        return self._executor.prepare()
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges by name, for metrics."""

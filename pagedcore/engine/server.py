@@ -51,6 +51,10 @@ class ServedEngine(Protocol):
         """Run a step; raises only when the engine cannot go on."""
         ...
 
+    def prepare(self) -> bool:
+        """Get ready for more, while idle; False when nothing is left to prepare."""
+        ...
+
     def stats(self) -> dict[str, float]:
         """Counters and gauges."""
         ...
@@ -138,13 +142,17 @@ class EngineServer:
         """Handle what has arrived, and wait for it if there is no work; False is the end."""
         for _ in range(self._events.qsize() or 1):  # what arrives meanwhile waits for a step
             try:
-                event = self._events.get(block=not self._engine.has_work)
+                event = self._events.get(block=not self._is_busy())
             except Empty:
                 break
             if event is None:
                 return False
             self._handle(*event)
         return True
+
+    def _is_busy(self) -> bool:
+        """Whether there is a step to run, or, while nothing arrives, something to prepare."""
+        return self._engine.has_work or (self._events.empty() and self._engine.prepare())
 
     def _step(self) -> None:
         self._step_began = time.monotonic()

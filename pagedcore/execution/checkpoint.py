@@ -57,10 +57,9 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The model's float type: what config.json says, or else what most bytes are stored in."""
-        for field in ("dtype", "torch_dtype"):
-            name = self.config.get(field)
-            if name is not None:
-                return float_type(field, name)
+        stated = config_dtype(self.config)
+        if stated is not None:
+            return stated
         sizes: Counter[torch.dtype] = Counter()
         for tensor in self.stored.values():
             sizes[tensor.dtype] += tensor.num_bytes
@@ -286,6 +285,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         return msgspec.json.decode(_read_bounded(path), type=dict[str, Any])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} must hold a JSON object: {error}. Fetch it again.") from error
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The float type that a config.json states, if any."""
+    for field in ("dtype", "torch_dtype"):
+        name = config.get(field)
+        if name is not None:
+            return float_type(field, name)
+    return None
 
 
 def float_type(field: str, name: object) -> torch.dtype:

@@ -18,11 +18,11 @@ from pagedcore.cache_spec import group_layers
 from pagedcore.config import EngineConfig, Usage
 from pagedcore.errors import ConfigError, ModelError
 from pagedcore.execution import memory
-from pagedcore.execution.checkpoint import Checkpoint
+from pagedcore.execution.checkpoint import Checkpoint, config_dtype, read_config
 from pagedcore.execution.devices import available_bytes, choose_dtype, find_device, total_bytes
 from pagedcore.execution.executor import Executor
 from pagedcore.execution.kv_cache import CacheMaker, profile
-from pagedcore.execution.model import ModelBuild, Weights
+from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import Ops
 from pagedcore.execution.quantizer import Quantizer, Unquantized
 from pagedcore.execution.random_weights import RandomWeights
@@ -39,11 +39,13 @@ def build_executor(
     started = time.perf_counter()
     device = find_device(config.execution.device)
     ops = _choose_backend(config, device, plugins)
-    checkpoint = Checkpoint(folder)
-    model_class = choose(plugins, "pagedcore_models", _architecture(checkpoint.config))()
-    quantizer = _choose_quantizer(config, checkpoint.config, plugins)
-    dtype = choose_dtype(config.model.dtype, checkpoint.dtype, device)
-    own_length = longest_context(checkpoint.config)
+    checkpoint = None if config.model.load_format == "dummy" else Checkpoint(folder)
+    of_model = read_config(folder) if checkpoint is None else checkpoint.config
+    model_class = choose(plugins, "pagedcore_models", _architecture(of_model))()
+    quantizer = _choose_quantizer(config, of_model, plugins)
+    of_checkpoint = checkpoint.dtype if checkpoint else config_dtype(of_model) or torch.float32
+    dtype = choose_dtype(config.model.dtype, of_checkpoint, device)
+    own_length = longest_context(of_model)
     asked = config.model.max_model_len
     _check_asked_length(asked, own_length)
     config = config.resolve(
@@ -53,28 +55,29 @@ def build_executor(
         max_model_len=own_length if asked in (None, -1) else asked,
         block_size=ops.block_size,
     )
+    available = available_bytes(config, device)
     build = ModelBuild(
-        config=checkpoint.config,
-        weights=checkpoint.shapes(dtype),
+        config=of_model,
+        weights=RandomWeights(dtype, device, config.execution.seed),
         quantizer=quantizer,
         ops=ops,
         dtype=dtype,
-        device=torch.device("meta"),
+        device=device,
         max_positions=config.model.max_model_len or own_length,
     )
-    if config.model.load_format != "dummy":
-        model_class(build)
+    if checkpoint is not None:
+        shapes = checkpoint.shapes(dtype)
+        model_class(replace(build, weights=shapes, device=torch.device("meta")))
         checkpoint.check_all_taken()
-    available = available_bytes(config, device)
-    if isinstance(quantizer, Unquantized):
-        memory.check_weights_fit(checkpoint.num_bytes, available)
-    weights: Weights
-    if config.model.load_format == "dummy":
-        weights = RandomWeights(dtype, device, config.execution.seed)
+        if isinstance(quantizer, Unquantized):  # others know best what becomes of the bytes
+            memory.check_weights_fit(checkpoint.num_bytes, available)
+        tensors = checkpoint.tensors(dtype, device)
+        with torch.inference_mode():
+            model = model_class(replace(build, weights=tensors))
+        tensors.finish()
     else:
-        weights = checkpoint.tensors(dtype, device)
-    with torch.inference_mode():
-        model = model_class(replace(build, weights=weights, device=device))
+        with torch.inference_mode():
+            model = model_class(build)
     loaded = time.perf_counter()
 
     groups = group_layers(model.cache_specs)

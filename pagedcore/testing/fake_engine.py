@@ -164,6 +164,10 @@ class FakeEngine:
             self._changed.notify_all()
             return output
 
+    def prepare(self) -> bool:
+        """Nothing to prepare."""
+        return False
+
     def stats(self) -> dict[str, float]:
         """Counters and gauges by name."""
         return {

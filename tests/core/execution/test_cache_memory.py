@@ -1,0 +1,95 @@
+"""How many blocks there are, and whether a sequence fits into them (MEM-1 to MEM-7)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagedcore.cache_spec import CacheSpec, group_layers
+from pagedcore.config import CacheConfig
+from pagedcore.errors import ConfigError
+from pagedcore.execution import memory
+
+GIB = memory.GIB
+
+
+def layers(*windows, heads=8, head_dim=128):
+    specs = [CacheSpec(num_kv_heads=heads, head_dim=head_dim, window=w) for w in windows]
+    return group_layers(specs)
+
+
+def test_a_block_has_the_bytes_of_the_rules_example():
+    """MEM-5: 32 layers, B=16, 8 heads of 128, 2 bytes: 2 MiB; 10 GiB are 5120 blocks."""
+    block = memory.bytes_per_block(layers(*[None] * 32), 16, 2)
+    assert block == 2 * 2**20
+    assert memory.count_blocks(CacheConfig(), 10 * GIB, block) == 5120
+    assert memory.longest_that_fits(layers(None), 5120, 16) == 81_904
+
+
+def test_layers_of_two_groups_share_memory():
+    both = layers(None, 64, None, 64, 64)
+    assert len(both) == 2
+    alone = layers(64, 64, 64)
+    assert memory.bytes_per_block(both, 16, 2) == memory.bytes_per_block(alone, 16, 2)
+
+
+def test_layers_of_another_shape_have_memory_of_their_own():
+    specs = [CacheSpec(num_kv_heads=8, head_dim=64), CacheSpec(num_kv_heads=4, head_dim=64)]
+    each = [memory.bytes_per_block(group_layers([spec]), 16, 2) for spec in specs]
+    assert memory.bytes_per_block(group_layers(specs), 16, 2) == sum(each)
+
+
+def test_the_start_fails_when_less_is_free_than_was_asked_for():
+    assert memory.requested_bytes(80 * GIB, 79 * GIB, 0.5) == 40 * GIB
+    with pytest.raises(ConfigError, match=r"72\.00 GiB of 80\.00 GiB, but only 10\.00 GiB"):
+        memory.requested_bytes(80 * GIB, 10 * GIB, 0.9)
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_numbers():
+    memory.check_weights_fit(5 * GIB, 5 * GIB)
+    with pytest.raises(ConfigError, match=r"need 6\.00 GiB and 5\.00 GiB"):
+        memory.check_weights_fit(6 * GIB, 5 * GIB)
+
+
+def test_explicit_amounts_replace_what_memory_would_give():
+    """MEM-7"""
+    block = 2**20
+    assert memory.count_blocks(CacheConfig(kv_cache_memory_bytes=7 * block), GIB, block) == 7
+    assert memory.count_blocks(CacheConfig(num_gpu_blocks_override=9), GIB, block) == 9
+
+
+def test_a_sequence_that_does_not_fit_stops_the_start_with_the_largest_that_does():
+    """MEM-6"""
+    groups = layers(None)
+    block = memory.bytes_per_block(groups, 16, 2)
+    assert memory.check_length(None, 4096, groups, 257, 16, block) == 4096
+    with pytest.raises(ConfigError, match="largest max_model_len that fits is 4080"):
+        memory.check_length(None, 4096, groups, 256, 16, block)
+    assert memory.check_length(-1, 4096, groups, 256, 16, block) == 4080
+    assert memory.check_length(-1, 2048, groups, 256, 16, block) == 2048
+    assert memory.check_length(100, 4096, groups, 256, 16, block) == 100
+
+
+def test_an_empty_pool_holds_nothing():
+    with pytest.raises(ConfigError, match="largest max_model_len that fits is 0"):
+        memory.check_length(-1, 4096, layers(None), 0, 16, 1)
+
+
+@given(
+    windows=st.lists(st.sampled_from([None, 1, 16, 100]), min_size=1, max_size=3),
+    num_blocks=st.integers(0, 60),
+    block_size=st.sampled_from([1, 4, 16]),
+)
+def test_the_largest_length_fits_and_the_next_does_not(windows, num_blocks, block_size):
+    groups = layers(*windows)
+    longest = memory.longest_that_fits(groups, num_blocks, block_size)
+    fits = [n for n in range(1, 1200) if _blocks(groups, n, block_size) <= num_blocks - 1]
+    assert min(longest, 1199) == max(fits, default=0)
+
+
+def _blocks(groups, length, block_size):
+    total = 0
+    for group in groups:
+        full = -(-length // block_size)
+        window = group.spec.window
+        total += full if window is None else min(full, -(-window // block_size) + 1)
+    return total
