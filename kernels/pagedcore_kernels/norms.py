@@ -78,7 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, num_warps: int | None = None
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, num_warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Write x + residual over residual and its scaled norm over x, both [T, h]; return (x, residual)."""
+    """Write x + residual [T, h] over residual, its scaled norm over x; return (x, residual)."""
     rows, columns = _check(x, weight)
     assert residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(1) == 1
     block = triton.next_power_of_2(columns)

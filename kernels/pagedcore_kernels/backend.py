@@ -1,0 +1,245 @@
+"""TritonOps: the operations that models are made of, as kernels for NVIDIA GPUs.
+
+A kernel that does not compile on the device at hand is replaced by plain torch (see `fallback`).
+With TRITON_INTERPRET=1 in the environment before triton is imported, everything runs on the CPU, in
+triton's interpreter: slow, and the same arithmetic.
+
+A layer's cache is two tensors [N blocks, K kv heads, B positions, D elements]: the positions of one
+head in one block lie together, in one run that attention reads in full lines.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from pagedcore.cache_spec import CacheSpec
+from pagedcore.errors import ConfigError
+from pagedcore.execution import torch_sampling
+from pagedcore.execution.ops import (
+    LayerCache,
+    Ops,
+    QKNorm,
+    RopeTable,
+    SamplingTensors,
+    StepBatch,
+)
+from pagedcore_kernels import activation, block_copy, norms, rope_cache
+from pagedcore_kernels import moe as experts
+from pagedcore_kernels.decode_attention import DecodeConfig, decode_attention, tile_size
+from pagedcore_kernels.extend_attention import (
+    build_tile_list,
+    choose_config,
+    extend_attention,
+)
+from pagedcore_kernels.fallback import PlainOps, with_fallback
+from pagedcore_kernels.work_list import WorkList, build_work_list
+
+MIN_CAPABILITY = (8, 0)
+"""The first with bfloat16 matrix products and asynchronous copies."""
+
+
+class TritonOps:
+    """The `triton` backend, for one device."""
+
+    name = "triton"
+    block_size = 64
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.replaced: set[str] = set()
+        self.plain: Ops = PlainOps(device)
+        self.supports_graphs = self.device.type == "cuda"
+        self._num_sms = _num_sms(self.device)
+        self._decode_config = DecodeConfig()
+
+    def begin_step(self, batch: StepBatch) -> None:
+        """See `Ops.begin_step`."""
+        batch.shared = {}
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        """See `Ops.pack_linear`."""
+        return weight
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Ops.linear`."""
+        return functional.linear(x, weight, bias)
+
+    @with_fallback
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `Ops.rms_norm`."""
+        return norms.rms_norm(x, weight, eps)
+
+    @with_fallback
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.add_rms_norm`."""
+        return norms.add_rms_norm(x, residual, weight, eps)
+
+    @with_fallback
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Ops.silu_mul`."""
+        return activation.silu_mul(gate_up)
+
+    def new_cache(
+        self,
+        spec: CacheSpec,
+        group: int,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LayerCache:
+        """See `Ops.new_cache`."""
+        shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return LayerCache(spec, group, block_size, key, value)
+
+    @with_fallback
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        rope: RopeTable | None,
+        norm: QKNorm | None,
+        cache: LayerCache,
+        batch: StepBatch,
+    ) -> None:
+        """See `Ops.rope_and_cache`."""
+        rope_cache.rope_and_cache(
+            qkv,
+            num_heads,
+            rope,
+            norm,
+            cache.key,
+            cache.value,
+            batch.positions,
+            batch.slots[cache.group],
+        )
+
+    @with_fallback
+    def attention(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        scale: float,
+        cache: LayerCache,
+        batch: StepBatch,
+        soft_cap: float | None = None,
+    ) -> Tensor:
+        """See `Ops.attention`."""
+        num_tokens, num_single = len(qkv), batch.num_single
+        num_sequences = len(batch.rows)
+        spec, table = cache.spec, batch.block_tables[cache.group]
+        out = torch.empty(
+            (num_tokens, num_heads * spec.head_dim), dtype=qkv.dtype, device=qkv.device
+        )
+        if num_single:
+            decode_attention(
+                qkv[:num_single],
+                num_heads,
+                scale,
+                cache.key,
+                cache.value,
+                table,
+                batch.rows[:num_single],
+                batch.context_len[:num_single],
+                self._work_list(cache, batch),
+                out[:num_single],
+                window=spec.window,
+                soft_cap=soft_cap,
+                num_warps=self._decode_config.num_warps,
+                num_stages=self._decode_config.num_stages,
+            )
+        if num_single < num_sequences:
+            config = choose_config(spec.head_dim, qkv.dtype)
+            extend_attention(
+                qkv,
+                num_heads,
+                scale,
+                cache.key,
+                cache.value,
+                table,
+                batch.query_start[num_single:],
+                batch.rows[num_single:],
+                batch.context_len[num_single:],
+                _tile_list(config.queries * spec.num_kv_heads // num_heads, num_tokens, batch),
+                out,
+                window=spec.window,
+                soft_cap=soft_cap,
+                config=config,
+            )
+        return out
+
+    @with_fallback
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        num_chosen: int,
+        *,
+        normalize: bool,
+    ) -> Tensor:
+        """See `Ops.moe`."""
+        return experts.moe(x, router_logits, gate_up, down, num_chosen, normalize=normalize)
+
+    @with_fallback
+    def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
+        """See `Ops.copy_blocks`."""
+        block_copy.copy_blocks(cache.key, cache.value, copies)
+
+    def sample(self, logits: Tensor, sampling: SamplingTensors) -> Tensor:
+        """See `Ops.sample`."""
+        return torch_sampling.sample(logits, sampling)
+
+    def _work_list(self, cache: LayerCache, batch: StepBatch) -> WorkList:
+        """Shares of the step's single tokens: one list for all layers with equal keys."""
+        num_kv_heads, window = cache.spec.num_kv_heads, cache.spec.window
+        shared: dict[Any, Any] = {} if batch.shared is None else batch.shared
+        key = ("work list", num_kv_heads, window, cache.block_size)
+        if key not in shared:
+            config = self._decode_config
+            shared[key] = build_work_list(
+                batch.context_len[: batch.num_single],
+                num_kv_heads,
+                window,
+                tile_size(cache.block_size),
+                max(self._num_sms * config.programs_per_sm // num_kv_heads, 1),
+                config.min_share,
+            )
+        work: WorkList = shared[key]
+        return work
+
+
+def _tile_list(tokens: int, num_tokens: int, batch: StepBatch) -> Tensor:
+    """Runs of `tokens` in the step's longer sequences; one list for layers with equal groups."""
+    shared: dict[Any, Any] = {} if batch.shared is None else batch.shared
+    key = ("tile list", tokens)
+    if key not in shared:
+        query_start = batch.query_start[batch.num_single :]
+        shared[key] = build_tile_list(query_start, num_tokens - batch.num_single, tokens)
+    tiles: Tensor = shared[key]
+    return tiles
+
+
+def _num_sms(device: torch.device) -> int:
+    if triton.knobs.runtime.interpret and device.type == "cpu":
+        return 4
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ConfigError(
+            f"the backend 'triton' needs an NVIDIA GPU, and the device is {str(device)!r}: "
+            "choose device='cuda', or backend='torch'."
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        needed, found = (".".join(map(str, pair)) for pair in (MIN_CAPABILITY, capability))
+        raise ConfigError(
+            f"the backend 'triton' needs compute capability {needed} or later, and "
+            f"{torch.cuda.get_device_name(device)} has {found}: choose backend='torch'."
+        )
+    return torch.cuda.get_device_properties(device).multi_processor_count
