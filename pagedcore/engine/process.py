@@ -7,7 +7,6 @@ its end, orderly or not, ends the child. How the start went comes back through a
 
 import atexit
 import contextlib
-import importlib
 import logging
 import os
 import select
@@ -26,27 +25,15 @@ from msgspec import Struct
 
 from pagedcore.config import EngineConfig, Usage
 from pagedcore.engine.info import EngineInfo
-from pagedcore.engine.server import EngineServer, ServedEngine
-from pagedcore.errors import (
-    ConfigError,
-    EngineDeadError,
-    ModelError,
-    PagedcoreError,
-    PluginError,
-    UnknownNameError,
-)
+from pagedcore.engine.server import EngineServer
+from pagedcore.engine.start import BUILD, StartFailure, build_by_name
+
+__all__ = ["BUILD", "STOP_S", "EngineProcess"]
 
 logger = logging.getLogger("pagedcore.engine.process")  # as __main__ too
 
-BUILD = "pagedcore.engine.build:build_engine"
-"""What makes the engine, as module:function, called with the configuration and `usage=`."""
-
 STOP_S = 10.0
 """Seconds that an engine has to end in order."""
-
-_START_ERRORS: dict[str, type[PagedcoreError]] = {
-    kind.__name__: kind for kind in (ConfigError, ModelError, PluginError, UnknownNameError)
-}
 
 
 class _Job(Struct, frozen=True):
@@ -65,13 +52,6 @@ class _Ready(Struct, tag="ready", frozen=True):
     """The child's engine is loaded, and front ends can connect."""
 
     info: EngineInfo
-
-
-class _Failed(Struct, tag="failed", frozen=True):
-    """The child cannot start."""
-
-    kind: str
-    message: str
 
 
 class EngineProcess:
@@ -100,7 +80,7 @@ class EngineProcess:
         self._folder = None if address else tempfile.mkdtemp(prefix="pagedcore-")
         self.address = address or f"{self._folder}/engine.sock"
         self._owner_pid = os.getpid()
-        self._outcome: _Ready | _Failed | None = None
+        self._outcome: _Ready | StartFailure | None = None
         self._lock = threading.Lock()
         reader, writer = os.pipe()
         self._status: IO[bytes] = open(reader, "rb", buffering=0)  # noqa: SIM115  # see `stop`
@@ -141,11 +121,8 @@ class EngineProcess:
         match self._outcome:
             case _Ready(info=info):
                 return info
-            case _Failed(kind=kind, message=message) if kind in _START_ERRORS:
-                error = _START_ERRORS[kind]
-                raise error.__new__(error, message)  # the message is complete: no __init__
-            case _Failed(message=message):
-                raise EngineDeadError(message)
+            case StartFailure() as failure:
+                raise failure.exception()
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Wait until the child has ended, and return its exit status; raises TimeoutError."""
@@ -173,7 +150,7 @@ class EngineProcess:
             self._child.wait()
         with self._lock:
             self._status.close()
-            self._outcome = self._outcome or _Failed("", "the engine was stopped")
+            self._outcome = self._outcome or StartFailure("", "the engine was stopped")
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -193,15 +170,15 @@ class EngineProcess:
         assert self._child.stdin is not None
         return self._child.stdin
 
-    def _receive(self, timeout_s: float | None) -> _Ready | _Failed:
+    def _receive(self, timeout_s: float | None) -> _Ready | StartFailure:
         if not select.select([self._status], [], [], timeout_s)[0]:
             raise TimeoutError(f"the engine is not ready after {timeout_s} s")
-        outcome: _Ready | _Failed | None = _read_frame(self._status, _Ready | _Failed)
+        outcome: _Ready | StartFailure | None = _read_frame(self._status, _Ready | StartFailure)
         if outcome is not None:
             return outcome
         status = self._child.wait(STOP_S)
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        return _Failed("", f"the engine process ended with {how} before it was ready")
+        return StartFailure("", f"the engine process ended with {how} before it was ready")
 
 
 def _frame(message: Struct) -> bytes:
@@ -239,16 +216,15 @@ def main() -> int:
         return 1
     os.set_inheritable(job.status_fd, False)
     parent = _ParentWatch(job)
-    with open(job.status_fd, "wb") as status:
-        try:
-            engine = _build(job)
-            server = EngineServer(engine, job.address, on_stuck=lambda: os._exit(1))
-            server.listen()
-        except Exception as error:
-            status.write(_frame(_failure(error)))
-            return 1
-        status.write(_frame(_Ready(engine.info)))
-    parent.when_gone(server.stop)
+    try:
+        engine = build_by_name(job.build, job.config, job.usage)
+        server = EngineServer(engine, job.address, on_stuck=lambda: os._exit(1))
+        parent.when_gone(server.stop)  # before there is a socket, which only `serve` removes
+        server.listen()
+    except Exception as error:
+        _tell(job, StartFailure.of(error))
+        return 1
+    _tell(job, _Ready(engine.info))
     try:
         server.serve()
     except Exception:
@@ -260,28 +236,16 @@ def main() -> int:
     return 0
 
 
-def _build(job: _Job) -> ServedEngine:
-    module, _, function = job.build.partition(":")
-    engine: ServedEngine = getattr(importlib.import_module(module), function)(
-        job.config, usage=job.usage
-    )
-    return engine
-
-
-def _failure(error: Exception) -> _Failed:
-    """What is worth telling: a known error's text, and of others also the log's traceback."""
-    for name, kind in _START_ERRORS.items():
-        if isinstance(error, kind):
-            return _Failed(name, str(error))
-    logger.error("the engine cannot start", exc_info=error)
-    return _Failed("", f"the engine cannot start: {type(error).__name__}: {error}")
+def _tell(job: _Job, outcome: _Ready | StartFailure) -> None:
+    """Tell the parent how the start went, if it is still there."""
+    with contextlib.suppress(BrokenPipeError), open(job.status_fd, "wb") as status:
+        status.write(_frame(outcome))
 
 
 def _remove_folder(job: _Job) -> None:
     """Remove the folder made for the socket: the parent may not be there any more to do it."""
     if job.folder is not None:
-        with contextlib.suppress(OSError):
-            os.rmdir(job.folder)
+        shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def _wait_for_end(parent_pid: int) -> None:
@@ -303,27 +267,22 @@ class _ParentWatch:
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._lock = threading.Lock()
-        self._gone = False
         self._stop: Callable[[], None] | None = None
         threading.Thread(target=self._watch, name="pagedcore-parent", daemon=True).start()
 
     def when_gone(self, stop: Callable[[], None]) -> None:
         """From now on end in order, by `stop`; before, nothing is lost by ending at once."""
-        with self._lock:
+        with self._lock:  # not returned when the parent is gone already
             self._stop = stop
-            if self._gone:
-                stop()
 
     def _watch(self) -> None:
         _wait_for_end(self._job.parent_pid)
         with self._lock:
-            self._gone = True
-            stop = self._stop
-        if stop is not None:
-            stop()
-            threading.Event().wait(STOP_S / 2)
-        _remove_folder(self._job)
-        os._exit(1)
+            if self._stop is not None:
+                self._stop()
+                threading.Event().wait(STOP_S / 2)
+            _remove_folder(self._job)
+            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,10 @@ PARENT = """
     from pagedcore.engine.process import EngineProcess
 
     process = EngineProcess(EngineConfig(), build={build!r})
+    if {die}:
+        print(process.pid, process.address, flush=True)
+        process.wait_ready(60)
+        os.kill(os.getpid(), 9)
     if {ready}:
         process.wait_ready(60)
     if {fork} and os.fork() == 0:  # holds the death pipe open
@@ -159,8 +163,9 @@ PARENT = """
 """
 
 
-def parent(**how):
-    how = {"build": BUILD_FAKE, "ready": True, "fork": False, "wait": True, **how}
+def parent(**given):
+    how = {"build": BUILD_FAKE, "ready": True, "fork": False, "wait": True, "die": False}
+    how |= given
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PARENT).format(**how)],
         stdin=subprocess.PIPE,
@@ -174,6 +179,13 @@ def test_an_engine_ends_with_a_killed_parent_and_removes_its_socket(fork):
     with parent(fork=fork) as program:
         pid, address = program.stdout.readline().split()
         program.kill()
+        wait_for_end(int(pid))
+        assert not os.path.exists(os.path.dirname(address))
+
+
+def test_a_parent_that_is_killed_the_moment_its_engine_is_ready_leaves_no_socket():
+    with parent(die=True) as program:
+        pid, address = program.stdout.readline().split()
         wait_for_end(int(pid))
         assert not os.path.exists(os.path.dirname(address))
 
