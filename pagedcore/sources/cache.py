@@ -7,6 +7,7 @@ $PAGEDCORE_CACHE or ~/.cache/pagedcore
     downloads/<key>/    what it is made of, until it is made
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -56,6 +57,12 @@ def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
     return folder
 
 
+def ensure_space(folder: Path, num_bytes: int) -> None:
+    """Raise OSError, as a write would, unless `num_bytes` more fit on the disk of `folder`."""
+    if num_bytes > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _make(models: Path, folder: Path, fill: Callable[[Path], None]) -> None:
     part = models / f".{folder.name}.part"
     if part.exists():  # left by a process that was killed
@@ -63,6 +70,9 @@ def _make(models: Path, folder: Path, fill: Callable[[Path], None]) -> None:
     part.mkdir()
     try:
         fill(part)
+        for path in part.iterdir():  # the folder is taken for whole from now on, even after a crash
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         part.rename(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,5 @@
 """A GGUF file's metadata as Hugging Face's config.json and generation_config.json."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +44,10 @@ ARCHITECTURES = {
 }
 """By `general.architecture`. Mistral's models are stored as `llama`, and are read as such."""
 
+MAX_SIZE = 2**31 - 1
+MIN_REAL, MAX_REAL = 1e-30, 1e30
+"""Beyond any setting of any model, and within what a float32 can hold."""
+
 ROPE_FACTORS = "rope_freqs.weight"
 """Name of the tensor that divides rope frequencies, for the models that scale them as Llama 3."""
 
@@ -62,7 +65,7 @@ class Metadata:
         if value is not default and (
             not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         ):
-            raise self.error(f"has {value!r:.60} for {key!r}, not what that key stands for")
+            raise self.error(f"has a {type(value).__name__} for {key!r}, which stands for another")
         return value
 
     def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
@@ -73,19 +76,31 @@ class Metadata:
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+        """A positive integer of 31 bits."""
         value: int = self.require(key, int) if default is None else self.get(key, int, default)
-        if value < 1:
-            raise self.error(f"has {value} for {key!r}, which must be 1 or more")
+        if not 1 <= value <= MAX_SIZE:
+            raise self.error(f"has {value} for {key!r}, which must be 1 to {MAX_SIZE}")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
         """A positive number, with the digits that a float32 has."""
         kinds = (float, int)
         value = self.require(key, kinds) if default is None else self.get(key, kinds, default)
-        if not (math.isfinite(value) and value > 0):
-            raise self.error(f"has {value} for {key!r}, which must be positive and finite")
+        if not MIN_REAL <= value <= MAX_REAL:
+            raise self.error(f"has {value} for {key!r}, which must be {MIN_REAL} to {MAX_REAL}")
         return float(str(np.float32(value)))
+
+    def tokens(self) -> list[str]:
+        """The vocabulary, in the order of ids."""
+        tokens: list[str] = self.require("tokenizer.ggml.tokens", list)
+        return tokens
+
+    def token_id(self, role: str) -> int | None:
+        """The token that plays a part such as "bos", or None where there is none."""
+        token_id: int | None = self.get(f"tokenizer.ggml.{role}_token_id", int)
+        if token_id is not None and not 0 <= token_id < len(self.tokens()):
+            raise self.error(f"has {token_id} for its {role} token, of {len(self.tokens())} tokens")
+        return token_id
 
     def error(self, offence: str) -> ModelError:
         """An error that begins with the file's path and ends with what to do."""
@@ -127,15 +142,18 @@ def model_config(file: GgufFile) -> dict[str, Any]:
         value = metadata.size(f"{name}.{key}", head_dim)
         if value != head_dim or head_dim % 2:
             raise metadata.error(f"has {name}.{key} {value} with heads of {head_dim}")
-    if metadata.get(f"{name}.attention.sliding_window", int, 0) not in range(0, 1):
+    if metadata.get(f"{name}.attention.sliding_window", int, 0):
         raise metadata.error("has a sliding window, which is not read from GGUF")
     if "token_embd.weight" not in file.tensors:
         raise metadata.error("lacks the tensor 'token_embd.weight'")
+    vocab_size = file.tensors["token_embd.weight"].shape[0]
+    if len(metadata.tokens()) > vocab_size:
+        raise metadata.error(f"has {len(metadata.tokens())} tokens and {vocab_size} embeddings")
     config = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         "dtype": "bfloat16",
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": metadata.size(f"{name}.feed_forward_length"),
         "num_hidden_layers": metadata.size(f"{name}.block_count"),
@@ -163,10 +181,10 @@ def generation_config(file: GgufFile) -> dict[str, Any]:
     ids = _token_ids(metadata)
     ends = [ids["eos_token_id"]] if "eos_token_id" in ids else []
     for role in ("eot", "eom"):
-        end = metadata.get(f"tokenizer.ggml.{role}_token_id", int)
+        end = metadata.token_id(role)
         if end is not None and end not in ends:
             ends.append(end)
-    tokens = metadata.get("tokenizer.ggml.tokens", list, [])
+    tokens = metadata.tokens()
     types = metadata.get("tokenizer.ggml.token_type", np.ndarray, np.array([]))
     for turn_end in ("<|eot_id|>", "<|im_end|>"):
         if turn_end in tokens:
@@ -179,12 +197,9 @@ def generation_config(file: GgufFile) -> dict[str, Any]:
 
 
 def _token_ids(metadata: Metadata) -> dict[str, Any]:
-    keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    found = {
-        f"{role}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id", int)
-        for role, key in keys.items()
-    }
-    return {role: token_id for role, token_id in found.items() if token_id is not None}
+    roles = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    found = {name: metadata.token_id(role) for name, role in roles.items()}
+    return {name: token_id for name, token_id in found.items() if token_id is not None}
 
 
 def _rope_scaling(
@@ -199,6 +214,8 @@ def _rope_scaling(
     if kind == "yarn":
         key = f"{name}.rope.scaling.original_context_length"
         scaling["original_max_position_embeddings"] = metadata.size(key)
+        if metadata.real(f"{name}.rope.scaling.attn_factor", 1.0) != 1.0:
+            raise metadata.error("scales attention besides rope, which is not read from GGUF")
     elif kind != "linear":
         raise metadata.error(f"has rope scaling {kind!r}, and those read are linear, yarn, llama3")
     return scaling
@@ -213,7 +230,11 @@ def _llama3_scaling(
     factor, so the table is made again from that and compared.
     """
     tensor = file.tensors[ROPE_FACTORS]
+    if tensor.shape != (config["head_dim"] // 2,):  # before anything is made of that size
+        raise metadata.error(f"has {ROPE_FACTORS!r} of shape {tensor.shape}, not one per frequency")
     stored = tensor.type.dequantize(file.rows(tensor)).ravel()
+    if not 1 <= stored.max() <= MAX_REAL:  # NaN neither
+        raise metadata.error(f"scales rope by a {ROPE_FACTORS!r} that no Llama 3 has")
     scaling = {
         "rope_type": "llama3",
         "factor": float(stored.max()),
@@ -224,7 +245,7 @@ def _llama3_scaling(
         ),
     }
     expected = llama3_factors(config["head_dim"], config["rope_theta"], scaling)
-    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
+    if not np.allclose(stored, expected, rtol=1e-3):
         raise metadata.error(f"scales rope by a {ROPE_FACTORS!r} that no Llama 3 has")
     return scaling
 

@@ -5,9 +5,8 @@ The safetensors format is specified at https://github.com/huggingface/safetensor
 """
 
 import json
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from pagedcore.sources.cache import ensure_space
 from pagedcore.sources.gguf_config import (
     ROPE_FACTORS,
     Architecture,
@@ -25,11 +25,10 @@ from pagedcore.sources.gguf_config import (
 )
 from pagedcore.sources.gguf_reader import GgufFile, GgufTensor
 from pagedcore.sources.gguf_tokenizer import write_tokenizer
+from pagedcore.sources.progress import Report
 
 CHUNK_VALUES = 1 << 22
 """Values that are in memory at a time, as float32."""
-
-Report = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,8 @@ def convert(path: Path, folder: Path, report: Report) -> None:
     """Write the model of the GGUF file at `path` into the existing `folder`.
 
     `report` is told how many bytes of weights are written, and of how many. Raises ModelError for a
-    file that is broken, or of an architecture, tensor type or tokenizer that is not read.
+    file that is broken, or of an architecture, tensor type or tokenizer that is not read, and
+    OSError where the folder cannot hold it.
     """
     file = GgufFile.open(path)
     config = model_config(file)
@@ -60,10 +60,9 @@ def convert(path: Path, folder: Path, report: Report) -> None:
         ("generation_config.json", generation_config(file)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    ensure_space(folder, sum(weight.num_bytes for weight in weights))
     with (folder / "model.safetensors").open("wb") as out:
         _write_weights(out, file, weights, report)
-        out.flush()
-        os.fsync(out.fileno())  # the folder is taken for whole from now on, even after a crash
 
 
 def _weights(file: GgufFile, config: Mapping[str, Any]) -> list[_Weight]:

@@ -43,7 +43,8 @@ class BlockType:
     def dequantize(self, rows: Bytes) -> Floats:
         """Values [num_rows, row size] of stored rows [num_rows, row bytes]."""
         blocks = np.ascontiguousarray(rows).reshape(-1, self.block_bytes)
-        return self.unpack(blocks).reshape(len(rows), -1)
+        with np.errstate(invalid="ignore", over="ignore"):  # a broken scale makes its values NaN
+            return self.unpack(blocks).reshape(len(rows), -1)
 
 
 def _float16(blocks: Bytes, at: int) -> Floats:

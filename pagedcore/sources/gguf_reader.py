@@ -22,8 +22,12 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
-MAX_ITEMS = 1 << 22
+MAX_ENTRIES = 1 << 16
+"""Most tensors, and most entries of metadata: many times what the largest models have."""
+MAX_ITEMS = 1 << 20
 """Most items in an array of metadata: several times what the largest vocabularies need."""
+MAX_NAME_BYTES = 256
+"""Longest name of a tensor or of an entry; ggml's own limit for tensors is 64."""
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {
@@ -126,10 +130,13 @@ class _Header:
             raise self._broken(f"has GGUF version {version}, and only 2 and 3 are read")
         num_tensors = self._number("Q", "the number of tensors")
         num_pairs = self._number("Q", "the number of metadata entries")
+        for count, what in ((num_tensors, "tensors"), (num_pairs, "metadata entries")):
+            if count > MAX_ENTRIES:
+                raise self._broken(f"has {count} {what}, and {MAX_ENTRIES} are allowed")
         self._need(num_pairs * _SMALLEST_PAIR, f"{num_pairs} metadata entries")
         metadata: dict[str, Any] = {}
         for _ in range(num_pairs):
-            key = self._string("a metadata key")
+            key = self._string("a metadata key", MAX_NAME_BYTES)
             if key in metadata:
                 raise self._broken(f"has the metadata key {key!r} twice")
             metadata[key] = self._value(key)
@@ -139,7 +146,7 @@ class _Header:
     def _value(self, key: str) -> Any:
         kind = self._number("I", f"the type of {key!r}")
         if kind == _STRING:
-            return self._string(key)
+            return self._string(f"the value of {key!r}")
         if kind == _ARRAY:
             return self._array(key)
         value = self._numbers(key, kind, 1)[0]
@@ -155,7 +162,8 @@ class _Header:
         if kind != _STRING:
             return self._numbers(key, kind, count)
         self._need(count * 8, f"the {count} items of {key!r}")
-        return [self._string(key) for _ in range(count)]
+        what = f"an item of {key!r}"
+        return [self._string(what) for _ in range(count)]
 
     def _numbers(self, key: str, kind: int, count: int) -> npt.NDArray[Any]:
         if kind not in _NUMBERS:
@@ -166,8 +174,8 @@ class _Header:
 
     def _alignment(self, metadata: Mapping[str, Any]) -> int:
         value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(value, int) or value < 8 or value & (value - 1):
-            raise self._broken(f"has general.alignment {value!r:.40}, not a power of two from 8 on")
+        if type(value) is not int or value < 8 or value & (value - 1):
+            raise self._broken("has a general.alignment that is no power of two from 8 on")
         return value
 
     def _tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
@@ -196,7 +204,7 @@ class _Header:
         return tensors
 
     def _tensor(self, alignment: int) -> tuple[str, tuple[int, ...], BlockType, int]:
-        name = self._string("the name of a tensor")
+        name = self._string("the name of a tensor", MAX_NAME_BYTES)
         num_dims = self._number("I", f"the rank of {name!r}")
         if not 1 <= num_dims <= MAX_DIMS:
             raise self._broken(f"has {num_dims} dimensions for {name!r}, not 1 to {MAX_DIMS}")
@@ -222,8 +230,10 @@ class _Header:
             raise self._broken(f"has {name!r} at offset {offset}, no multiple of {alignment}")
         return name, shape, block_type, offset
 
-    def _string(self, what: str) -> str:
-        length = self._number("Q", f"the length of {what}")
+    def _string(self, what: str, most: int | None = None) -> str:
+        length = self._number("Q", what)
+        if most is not None and length > most:
+            raise self._broken(f"has {what} of {length} bytes, and {most} are allowed")
         at = self._take(length, what)
         try:
             return self._data[at : at + length].decode()

@@ -29,6 +29,8 @@ from pagedcore.sources.gguf_reader import GgufFile
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Values of `tokenizer.ggml.token_type` for tokens that no merge makes."""
+MAX_PIECE = 64
+"""Most characters of a token that pieces are merged into; SentencePiece makes none above 16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +82,11 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     """
     metadata = Metadata(file)
     kind = metadata.require("tokenizer.ggml.model", str)
-    tokens: list[str] = metadata.require("tokenizer.ggml.tokens", list)
+    tokens = metadata.tokens()
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
-        raise metadata.error(f"has the token {twice!r} twice")
+        raise metadata.error(f"has the token {twice[:60]!r} twice")
     roles = _roles(metadata, tokens)
     if kind == "gpt2":
         words = _words(metadata)
@@ -102,12 +104,15 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     before = [roles["bos_token"]] if add_bos else []
     after = [roles["eos_token"]] if add_eos else []
     if before or after:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *before, "$B:1", *after],
-            special_tokens=[(token, vocabulary[token]) for token in {*before, *after}],
-        )
-    tokenizer.save(str(folder / "tokenizer.json"))
+        try:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[*before, "$A", *after],
+                pair=[*before, "$A", *after, *before, "$B:1", *after],
+                special_tokens=[(token, vocabulary[token]) for token in {*before, *after}],
+            )
+        except ValueError as error:
+            raise metadata.error(f"has an odd BOS or EOS token ({error})") from error
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -137,7 +142,7 @@ def _byte_bpe(metadata: Metadata, vocabulary: Mapping[str, int], words: _Words) 
     for merge in metadata.require("tokenizer.ggml.merges", list):
         left, space, right = merge.partition(" ")
         if not (left and space and right):
-            raise metadata.error(f"has the merge {merge!r:.60}, which is not of two pieces")
+            raise metadata.error(f"has the merge {merge[:60]!r}, which is not of two pieces")
         merges.append((left, right))
     tokenizer = _bpe(metadata, vocabulary, merges, ignore_merges=words.whole_words)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.gpt2_pattern)
@@ -163,6 +168,8 @@ def _sentencepiece_bpe(
         raise metadata.error("lacks the metadata 'tokenizer.ggml.scores'")
     ranked = []
     for token, token_id in vocabulary.items():
+        if len(token) > MAX_PIECE:
+            continue  # stands for itself in a text, and is not made of pieces
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:
@@ -230,17 +237,6 @@ def _per_token(
 
 def _roles(metadata: Metadata, tokens: Sequence[str]) -> dict[str, str]:
     """The tokens that have a part to play, by the name that Hugging Face has for it."""
-    roles = {}
-    for role, key in (
-        ("bos_token", "bos"),
-        ("eos_token", "eos"),
-        ("unk_token", "unknown"),
-        ("pad_token", "padding"),
-    ):
-        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id", int)
-        if token_id is None:
-            continue
-        if not 0 <= token_id < len(tokens):
-            raise metadata.error(f"has {token_id} for its {key} token, of {len(tokens)} tokens")
-        roles[role] = tokens[token_id]
-    return roles
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    found = {name: metadata.token_id(role) for name, role in roles.items()}
+    return {name: tokens[token_id] for name, token_id in found.items() if token_id is not None}

