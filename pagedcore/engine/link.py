@@ -8,6 +8,7 @@ connection is closed, which makes it drop our work if it ever goes on.
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 
@@ -118,8 +119,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has no common class
 
     def data_received(self, data: bytes) -> None:
         if self.ended.done():

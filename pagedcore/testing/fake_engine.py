@@ -61,8 +61,8 @@ class FakeEngine:
 
     Prompt and output lengths, end-of-sequence and stop token ids, log-probabilities, the queue's
     limit and cached prefixes behave as a real engine's. Other threads may look on, and use `hold`,
-    `pause`, `release`, `fail_running`, `break_down` and `wait_for`; the rest is for the one that
-    steps.
+    `pause`, `advance`, `release`, `fail_running`, `break_down` and `wait_for`; the rest is for the
+    one that steps.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class FakeEngine:
         self._seen_prompts: set[bytes] = set()
         self._held = False
         self._paused = False
+        self._steps_until_pause: int | None = None
         self._failure: Exception | None = None
         self._sequence_failure: str | None = None
         self._changed = threading.Condition(threading.RLock())
@@ -161,6 +162,10 @@ class FakeEngine:
                 raise self._failure
             output = self._fail_step() if self._sequence_failure else self._token_step()
             self.num_steps += 1
+            if self._steps_until_pause is not None:
+                self._steps_until_pause -= 1
+                if self._steps_until_pause == 0:
+                    self._paused, self._steps_until_pause = True, None
             self._changed.notify_all()
             return output
 
@@ -198,10 +203,22 @@ class FakeEngine:
         with self._changed:
             self._paused = True
 
+    def advance(self, num_steps: int, timeout_s: float = 30.0) -> None:
+        """Let exactly so many steps with work happen, wait for them, and be paused then.
+
+        Raises TimeoutError where there is not enough to do.
+        """
+        with self._changed:
+            self._held = self._paused = False
+            self._steps_until_pause = num_steps
+            self._changed.notify_all()
+            self.wait_for(lambda _: self._paused, timeout_s)
+
     def release(self) -> None:
         """Let steps go on."""
         with self._changed:
             self._held = self._paused = False
+            self._steps_until_pause = None
             self._changed.notify_all()
 
     def fail_running(self, message: str) -> None:

@@ -84,13 +84,17 @@ class Gate:
 
     def _authorised(self, path: str, headers: "_Headers") -> bytes:
         """The digest of the caller's key, empty without one; raises ApiError 401."""
-        scheme, _, key = (headers.get(b"authorization") or "").partition(" ")
-        digest = _digest(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else b""
+        key = _presented_key(headers)
+        digest = b"" if key is None else _digest(key.encode("latin-1"))
         if not self._digests or path in self._exempt:
             return digest
         # All are compared, so that the time tells nothing.
-        if not any([hmac.compare_digest(digest, known) for known in self._digests]):
-            message = "a valid API key is needed: send the header Authorization: Bearer <key>"
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if True not in matches:
+            message = (
+                "a valid API key is needed: send the header Authorization: Bearer <key>, "
+                "or X-API-Key: <key>"
+            )
             close = {"www-authenticate": "Bearer", **_CLOSE}
             raise ApiError(401, message, headers=close)
         return digest
@@ -159,6 +163,15 @@ class _Headers:
 
     def get(self, name: bytes) -> str | None:
         return next((v.decode("latin-1") for n, v in self._fields if n.lower() == name), None)
+
+
+def _presented_key(headers: _Headers) -> str | None:
+    """The key of an Authorization header, or else of X-API-Key."""
+    authorization = headers.get(b"authorization")
+    if authorization is None:
+        return headers.get(b"x-api-key")
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
 
 
 def _digest(key: bytes) -> bytes:

@@ -53,7 +53,10 @@ def completion_logprobs(
     `offset` is where the first of these begins. A token without an entry, such as a prompt's
     first, has null.
     """
-    tokens, values, tops, offsets = [], [], [], []
+    tokens: list[str] = []
+    values: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    offsets: list[int] = []
     for token, position in zip(token_ids, logprobs, strict=True):
         text = tokenizer.token_text(token)
         tokens.append(text)

@@ -1,0 +1,46 @@
+"""Serve a steered engine, which needs no model, through any mount: for tests of what is in front.
+
+    python -m pagedcore.testing.serve_steered pagedcore_openai.serve:serve \\
+        '{"engine": {"model": "folder"}, "server": {"port": 8000}}'
+
+A mount is called with both configurations and `build=`, and returns the exit status.
+"""
+
+import importlib
+import json
+import logging
+import sys
+from typing import Any
+
+from pagedcore.config import EngineConfig
+from pagedcore.errors import PagedcoreError
+from pagedcore.server_config import ServerConfig
+from pagedcore.testing.steered_engine import BUILD_STEERED
+
+
+def main(mount: str, options: str) -> int:
+    """Serve until told to stop."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    given = json.loads(options)
+    module, _, function = mount.partition(":")
+    serve = getattr(importlib.import_module(module), function)
+    try:
+        server: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given["server"].items()
+        }
+        status: int = serve(
+            EngineConfig.from_options(**given["engine"]),
+            ServerConfig(**server),
+            build=BUILD_STEERED,
+        )
+    except PagedcoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
