@@ -1,0 +1,241 @@
+"""The layers that models are written with.
+
+    T tokens   S sequences   h hidden size   H query heads   K kv heads   D head size   V vocabulary
+
+A layer takes its weights when it is made, from `ModelBuild.weights`, through the quantizer where it
+multiplies; calling it only calls the backend's operations, so that a step can be captured. Matrices
+say which of their dimensions tensor parallelism divides: `dim=0` the outputs, `dim=1` the inputs,
+None nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.model import ModelBuild
+from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, StepBatch
+
+
+class FeedForward(Protocol):
+    """What follows attention in a layer."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map x [T, h] to [T, h]."""
+        ...
+
+
+class Linear:
+    """One matrix, or several with the same input that are multiplied as one."""
+
+    def __init__(
+        self,
+        build: ModelBuild,
+        names: Sequence[str],
+        in_features: int,
+        out_features: Sequence[int],
+        *,
+        bias: bool = False,
+        dim: int | None,
+    ) -> None:
+        """`names` are those of the parts, without `.weight`, and `out_features` their outputs."""
+        self._method = build.quantizer.linear(
+            build.weights, build.ops, names, in_features, out_features, bias=bias, dim=dim
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] to [T, out], the parts' outputs beside each other."""
+        return self._method.apply(x)
+
+
+class Embedding:
+    """A vector for each token."""
+
+    def __init__(self, build: ModelBuild, name: str, vocab_size: int, h: int) -> None:
+        self.weight = build.weights.take(f"{name}.weight", (vocab_size, h))
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Token ids [T] to [T, h]."""
+        return functional.embedding(token_ids, self.weight)
+
+
+class Head:
+    """Scores of all tokens."""
+
+    def __init__(
+        self, build: ModelBuild, name: str, vocab_size: int, h: int, tied: Embedding | None = None
+    ) -> None:
+        """With `tied`, the head is the embedding.
+
+        A checkpoint may hold a tied head nevertheless. It is dropped if it is equal, and otherwise
+        believed: that is a model which was untied without its config.json saying so.
+        """
+        self._ops = build.ops
+        weight = None if tied is None else tied.weight
+        if weight is None or build.weights.has(f"{name}.weight"):
+            own = build.weights.take(f"{name}.weight", (vocab_size, h), dim=0)
+            if weight is None or own.is_meta or not torch.equal(own, weight):
+                weight = own
+        self._weight = weight if weight.is_meta else build.ops.pack_linear(weight)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Hidden states [S, h] to scores [S, V]."""
+        return self._ops.linear(hidden, self._weight)
+
+
+class RMSNorm:
+    """Normalises by the root mean square."""
+
+    def __init__(
+        self, build: ModelBuild, name: str, size: int, eps: float, *, offset: float = 0.0
+    ) -> None:
+        """`offset` is added to the weight: Gemma stores its difference from 1."""
+        self._ops = build.ops
+        weight = build.weights.take(f"{name}.weight", (size,))
+        self._weight = weight + offset if offset else weight
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, h] to [T, h]."""
+        return self._ops.rms_norm(x, self._weight, self._eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum, all [T, h]; both inputs are given up."""
+        return self._ops.add_rms_norm(x, residual, self._weight, self._eps)
+
+
+class Attention:
+    """Causal self-attention over a paged cache, with grouped heads and rotary positions."""
+
+    def __init__(
+        self,
+        build: ModelBuild,
+        prefix: str,
+        h: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope: RopeTable | None,
+        qk_norm_eps: float | None = None,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        window: int | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
+        """`scale` is 1 / sqrt(D) by default; `qk_norm_eps` None means that heads have no norm."""
+        self.cache_spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+        self._ops = build.ops
+        self._num_heads = num_heads
+        self._scale = head_dim**-0.5 if scale is None else scale
+        self._soft_cap = soft_cap
+        self._rope = rope
+        build.weights.ignore(f"{prefix}.rotary_emb.")  # frequencies that old checkpoints hold
+        self._qkv = Linear(
+            build,
+            [f"{prefix}.{part}_proj" for part in "qkv"],
+            h,
+            [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim],
+            bias=qkv_bias,
+            dim=0,
+        )
+        self._output = Linear(
+            build, [f"{prefix}.o_proj"], num_heads * head_dim, [h], bias=output_bias, dim=1
+        )
+        self._norm: QKNorm | None = None
+        if qk_norm_eps is not None:
+            query, key = (
+                build.weights.take(f"{prefix}.{part}_norm.weight", (head_dim,)) for part in "qk"
+            )
+            self._norm = QKNorm(query, key, qk_norm_eps)
+
+    def __call__(self, x: Tensor, batch: StepBatch, cache: LayerCache) -> Tensor:
+        """x [T, h] to [T, h]; the step's keys and values are left in the cache."""
+        qkv = self._qkv(x)
+        self._ops.rope_and_cache(qkv, self._num_heads, self._rope, self._norm, cache, batch)
+        mixed = self._ops.attention(
+            qkv, self._num_heads, self._scale, cache, batch, soft_cap=self._soft_cap
+        )
+        return self._output(mixed)
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, build: ModelBuild, prefix: str, h: int, width: int, *, bias: bool = False
+    ) -> None:
+        self._ops = build.ops
+        parts = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
+        self._gate_up = Linear(build, parts, h, [width, width], bias=bias, dim=0)
+        self._down = Linear(build, [f"{prefix}.down_proj"], width, [h], bias=bias, dim=1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, h] to [T, h]."""
+        return self._down(self._ops.silu_mul(self._gate_up(x)))
+
+
+class SparseMoE:
+    """A mixture of gated MLPs, of which each token takes some."""
+
+    def __init__(
+        self,
+        build: ModelBuild,
+        prefix: str,
+        h: int,
+        width: int,
+        *,
+        num_experts: int,
+        num_chosen: int,
+        normalize: bool,
+    ) -> None:
+        """`normalize` makes the weights of the chosen experts sum to 1."""
+        self._ops = build.ops
+        self._num_chosen = num_chosen
+        self._normalize = normalize
+        router = build.weights.take(f"{prefix}.gate.weight", (num_experts, h))
+        self._router = router if router.is_meta else build.ops.pack_linear(router)
+        self._experts = build.quantizer.experts(
+            build.weights, build.ops, f"{prefix}.experts", num_experts, h, width
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, h] to [T, h]."""
+        scores = self._ops.linear(x, self._router)
+        return self._experts.apply(x, scores, self._num_chosen, self._normalize)
+
+
+class DecoderLayer:
+    """Attention, then a feed-forward part; each behind a norm, and added to what it was given."""
+
+    def __init__(
+        self,
+        build: ModelBuild,
+        prefix: str,
+        h: int,
+        eps: float,
+        attention: Attention,
+        feed_forward: FeedForward,
+    ) -> None:
+        self.cache_spec = attention.cache_spec
+        self._attention_norm = RMSNorm(build, f"{prefix}.input_layernorm", h, eps)
+        self._attention = attention
+        self._feed_forward_norm = RMSNorm(build, f"{prefix}.post_attention_layernorm", h, eps)
+        self._feed_forward = feed_forward
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, batch: StepBatch, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """x and residual [T, h] to the same, of which the sum is the stream; None is a zero."""
+        assert cache is not None, "attention keeps a cache"
+        if residual is None:
+            x, residual = self._attention_norm(x), x
+        else:
+            x, residual = self._attention_norm.add(x, residual)
+        x = self._attention(x, batch, cache)
+        x, residual = self._feed_forward_norm.add(x, residual)
+        return self._feed_forward(x), residual
