@@ -72,6 +72,8 @@ def save_tiny_model(
     model.eval()
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
+    model.generation_config.eos_token_id = None  # `greedy_tokens` goes on after an end
+    model.generation_config.pad_token_id = END
     return model.float()
 
 
@@ -106,14 +108,10 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def greedy_tokens(model: "PreTrainedModel", prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """What transformers generates at temperature 0, the end of a text ignored."""
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=num_tokens, min_new_tokens=num_tokens, pad_token_id=END
-    )
-    settings.eos_token_id = None
+    """What transformers generates at temperature 0, after a model that `save_tiny_model` made."""
     ids = torch.tensor([list(prompt)])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens
+    )
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
