@@ -3,37 +3,29 @@
     python bench/h200.py --shapes qwen3-0.6b llama-3.1-8b --workloads nano b1 b32 b256 prefill \\
         --out bench/results/h200.json
 
-Runs without an installation: the members' folders are put on the path here and the plugins are
-registered by hand. Every workload runs `--repeats` times after a warm-up; the median is reported,
-and the number of tokens that came out is checked against the workload's.
+Runs without an installation. Every workload runs `--repeats` times after a warm-up; the median is
+reported, and the number of tokens that came out is checked against the workload's. `burst` is 1,024
+requests of 128 in and 256 out at once; `prefix` is the time to the first token of 4,096 cached
+tokens and 64 new ones, and of as many cold ones.
 """
 
 import argparse
 import json
 import statistics
-import sys
-import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-for folder in (".", "kernels", "plugins/models", "plugins/quantization"):
-    sys.path.insert(0, str(ROOT / folder))
-sys.path.insert(0, str(ROOT / "bench"))
 IMPORT_STARTED = time.perf_counter()
 
-import numpy as np  # noqa: E402 - the path comes first
-import pluggy  # noqa: E402
-import torch  # noqa: E402
-import workloads  # noqa: E402
-from machine import write_result  # noqa: E402
-from model_shapes import SHAPES, write  # noqa: E402
+import numpy as np
+import torch
+import workloads
+import workspace
+from machine import write_result
+from model_shapes import SHAPES
 
-from pagedcore import EngineConfig, SamplingParams  # noqa: E402
-from pagedcore.engine.build import build_engine  # noqa: E402
-from pagedcore.engine.engine import Engine  # noqa: E402
-from pagedcore.plugins import register  # noqa: E402
-from pagedcore.request import Request  # noqa: E402
+from pagedcore import EngineConfig, SamplingParams
+from pagedcore.engine.engine import Engine
+from pagedcore.request import Request
 
 IMPORT_SECONDS = time.perf_counter() - IMPORT_STARTED
 
@@ -43,22 +35,6 @@ PEER = {  # vLLM 0.26.0 on one H200, tokens per second (prefill: of the prompts)
     "llama-3.1-8b-fp8": dict(nano=12547, b1=285.6, b32=6691, b256=23742, prefill=62594),
     "qwen3-30b-a3b": dict(nano=5962, b1=238.5, b32=1540, b256=10885, prefill=63886),
 }
-
-
-def plugins() -> pluggy.PluginManager:
-    """The workspace's own plugins, without entry points."""
-    import pagedcore.builtin
-    import pagedcore_kernels
-    import pagedcore_models
-    import pagedcore_quantization
-
-    modules = {
-        "core": pagedcore.builtin,
-        "kernels": pagedcore_kernels,
-        "models": pagedcore_models,
-        "quantization": pagedcore_quantization,
-    }
-    return register(modules)
 
 
 def requests(name: str) -> workloads.Workload:
@@ -87,28 +63,40 @@ def run(engine: Engine, work: workloads.Workload, first_id: int) -> tuple[float,
     return time.perf_counter() - started, tokens
 
 
+def first_token_seconds(engine: Engine, repeats: int) -> dict[str, float]:
+    """Medians over prompts of 4,096 + 64 tokens, with the first part cached and without."""
+    rng = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {"cold": [], "cached": []}
+    for i in range(2 + 5 * repeats):  # the first two warm up
+        shared = rng.integers(0, 100_000, 4096)
+        for kind in seconds:
+            prompt = np.concatenate((shared, rng.integers(0, 100_000, 64))).astype(np.int32)
+            took, _ = run(engine, [(prompt.tolist(), 1, 0.0)], 10**6 + 2 * i + (kind == "cold"))
+            seconds[kind] += [took] * (i >= 2)
+    return {kind: statistics.median(samples) for kind, samples in seconds.items()}
+
+
 def clipped(work: workloads.Workload, tokens: int) -> workloads.Workload:
     return [(prompt, min(n, tokens), temperature) for prompt, n, temperature in work]
 
 
 def bench(args: argparse.Namespace, shape: str, names: list[str]) -> dict[str, object]:
-    folder = tempfile.mkdtemp()
-    write(folder)
-    options = dict(
-        model=str(Path(folder, shape.removesuffix("-fp8"))),
-        load_format="dummy",
+    options = workspace.shape_options(
+        shape,
         max_model_len=args.max_model_len,
         gpu_memory_utilization=0.85,
-        enable_prefix_caching=args.prefix_caching,
+        enable_prefix_caching=args.prefix_caching or names == ["prefix"],
         **json.loads(args.options),
     )
-    if shape.endswith("-fp8"):
-        options["quantization"] = "fp8"
-    engine = build_engine(EngineConfig.from_options(**options), plugins=plugins())
+    engine = workspace.build(EngineConfig.from_options(**options))
     print(shape, json.dumps(engine.info.startup_seconds), engine.info.num_blocks, flush=True)
     figures: dict[str, object] = {"startup_seconds": engine.info.startup_seconds}
     next_id = 0
     for name in names:
+        if name == "prefix":
+            figures[name] = first_token_seconds(engine, args.repeats)
+            print(f"{shape:18} {name:8} {json.dumps(figures[name])}", flush=True)
+            continue
         work = requests(name)[: args.max_requests]
         if args.max_tokens:
             work = clipped(work, args.max_tokens)
