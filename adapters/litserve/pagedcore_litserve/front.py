@@ -1,0 +1,115 @@
+"""The OpenAI surface in front of LitServe's own routes, for one event loop of an API server."""
+
+import asyncio
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from litserve.callbacks.base import EventTypes
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pagedcore.engine.client import EngineClient
+from pagedcore_litserve.departure import Departure
+
+if TYPE_CHECKING:
+    from pagedcore_litserve.api import PagedSpec
+    from pagedcore_openai.surface import Surface
+
+logger = logging.getLogger("pagedcore.server")
+
+LITSERVE_PATHS = frozenset({"/", "/health", "/info"})
+"""Of ours, what LitServe answers, unless the surface owns the server."""
+
+
+class Front:
+    """ASGI middleware. It passes on what is not its own, and begins and ends with the app."""
+
+    def __init__(self, app: ASGIApp, spec: "PagedSpec") -> None:
+        """Called in the API server, when its app is first used."""
+        from pagedcore_openai.app import build_app  # while the model loads elsewhere
+
+        self._app = app
+        self._spec = spec
+        self._prefix = spec.api_path.rstrip("/")
+        plan = spec.plan
+        self._surface_apps = [
+            build_app(EngineClient(plan.address(worker_id)), plan.engine, plan.server)
+            for worker_id in range(spec.num_workers)
+        ]
+        self.surfaces: list[Surface] = [app.state.surface for app in self._surface_apps]
+        """One for each engine."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass on."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+        elif scope["type"] == "http" and self._is_ours(scope):
+            await self._answer(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _is_ours(self, scope: Scope) -> bool:
+        if self._spec.owns_server:
+            return True
+        path = scope["path"]
+        if path in LITSERVE_PATHS or not path.startswith(f"{self._prefix}/"):
+            return False
+        inner = self._inner(scope)
+        routes = self._surface_apps[0].routes
+        return any(route.matches(inner)[0] is not Match.NONE for route in routes)
+
+    def _inner(self, scope: Scope) -> Scope:
+        return {**scope, "path": scope["path"][len(self._prefix) :]} if self._prefix else scope
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """By the surface that is ready, and then has the least to do."""
+        number = min(
+            range(len(self.surfaces)),
+            key=lambda i: (not self.surfaces[i].ready, self.surfaces[i].num_running),
+        )
+        server = self._spec._server
+        callbacks = server._callback_runner
+        callbacks.trigger_event(
+            EventTypes.ON_REQUEST.value, active_requests=server.active_requests, litserver=server
+        )
+        try:
+            await self._surface_apps[number](self._inner(scope), receive, send)
+        finally:
+            callbacks.trigger_event(EventTypes.ON_RESPONSE.value, litserver=server)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The surfaces begin after LitServe, and end after it."""
+        loop = asyncio.get_running_loop()
+        departure = Departure.of(scope["app"], self._spec)
+        loading = None
+
+        async def send_and_follow(message: Message) -> None:
+            nonlocal loading
+            if message["type"] == "lifespan.startup.complete":
+                self._spec.fronts[loop] = self
+                departure.join(self.surfaces)
+                loading = asyncio.create_task(self._load(departure))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_follow)
+        finally:
+            self._spec.fronts.pop(loop, None)
+            if loading is not None:
+                loading.cancel()
+            departure.leave()
+            for surface in self.surfaces:
+                await surface.close()
+
+    async def _load(self, departure: Departure) -> None:
+        """Wait until the engines are ready, and say so once."""
+        try:
+            await asyncio.gather(*(surface.loaded() for surface in self.surfaces))
+        except Exception as error:
+            departure.fail(error)
+            return
+        if os.environ.get("LITSERVE_WORKER_ID") == "0":
+            info: Any = self.surfaces[0].info
+            seconds = info.startup_seconds.get("total", 0.0)
+            logger.info("serving %s (loaded in %.1f s)", info.served_model_names[0], seconds)
