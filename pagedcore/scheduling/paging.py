@@ -5,7 +5,7 @@ no blocks. Every operation is for all cache groups: each group has a table of it
 from the one pool.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from pagedcore.step import Int32
 
 Prefix = list[list[int]]
 """Cached blocks that a prompt begins with: for each group, equally many."""
+
+BlockLog = list[tuple[SequenceState, int, bytes | None]]
+"""Who put which block into the map under which key, or (None) found it there; in order."""
 
 
 class Pager:
@@ -45,21 +48,16 @@ class Pager:
         self._copies: dict[int, list[tuple[int, int, int, int]]] = {}  # by row that writes
         self._outdated: list[int] = []  # sources of copies: released when the step is planned
         self._repeats = False
-        self.entered: list[int] = []
-        """Blocks put into the map; the scheduler replaces the list with each step."""
+        self._log: BlockLog = []
+        self.num_copies = 0
+        """Blocks copied on write so far."""
 
     # Look-up
 
     def find_prefix(self, sequence: SequenceState, tokens: Int32) -> Prefix:
         """The longest cached prefix of `tokens` that all groups have (KV-9, SLOT-6)."""
         limit = (len(tokens) - 1) // self._block_size
-        request = sequence.request
-        reads = (
-            self._hasher is not None
-            and request.params.prompt_logprobs is None
-            and not request.params.skip_reading_prefix_cache
-        )
-        if not reads or limit == 0:
+        if limit == 0 or not self.reads_cache(sequence):
             return [[] for _ in self._groups]
         self._extend_hashes(sequence, tokens, limit)
         length = limit
@@ -69,6 +67,12 @@ class Pager:
             if all(len(blocks) == shortest for blocks in found):
                 return found
             length = shortest
+
+    def reads_cache(self, sequence: SequenceState) -> bool:
+        """Whether it may begin with cached blocks (KV-10); a child's prompt is not scored."""
+        params = sequence.request.params
+        scores = params.prompt_logprobs is not None and not sequence.is_child
+        return self._hasher is not None and not scores and not params.skip_reading_prefix_cache
 
     def _find_in(self, group: int, sequence: SequenceState, limit: int) -> list[int]:
         hashes, suffix = sequence.hashes, self._suffixes[group]
@@ -97,8 +101,10 @@ class Pager:
         block = self._pool.find(key)
         if block is None or not sequence.contents:
             return block
-        stored = self._content_of[block]
-        if not stored.equals(sequence.contents[index]):
+        stored, own = self._content_of[block], sequence.contents[index]
+        if index > 0:
+            own.before = sequence.contents[index - 1]
+        if not stored.equals(own):
             return None  # another content with the same hash (KV-13)
         sequence.contents[index] = stored  # the next comparison ends where they meet
         return block
@@ -108,15 +114,22 @@ class Pager:
         refs = self._pool.refs
         return sum(b != NULL_BLOCK and refs[b] == 0 for blocks in prefix for b in blocks)
 
-    def num_needed(self, length: int, num_scheduled: int) -> int:
-        """Blocks that a sequence of `length` tokens holds at most at a time, in all groups."""
+    def prefix_length(self, prefix: Prefix) -> int:
+        """Positions that a prefix holds."""
+        return len(prefix[0]) * self._block_size
+
+    def num_needed(self, length: int, num_scheduled: int, prefix: Prefix | None = None) -> int:
+        """Blocks that a sequence of `length` tokens holds at most at a time, in all groups,
+        beside those that it has found.
+        """
         total = -(-length // self._block_size)
         needed = 0
-        for window in self._windows:
-            if window is None:
-                needed += total
-            else:
-                needed += min(total, -(-(window - 1 + num_scheduled) // self._block_size) + 1)
+        for group, window in enumerate(self._windows):
+            most = total
+            if window is not None:
+                most = min(total, -(-(window - 1 + num_scheduled) // self._block_size) + 1)
+            found = sum(map(bool, prefix[group])) if prefix is not None else 0
+            needed += most - found
         return needed
 
     # Tables
@@ -124,14 +137,25 @@ class Pager:
     def adopt(self, row: int, prefix: Prefix) -> None:
         """Begin a row's tables with a cached prefix."""
         table = self._table
+        sequence = table.sequence(row)
         length = len(prefix[0])
         for group, blocks in enumerate(prefix):
             self._pool.touch(blocks)
+            self._log += [(sequence, block, None) for block in blocks]
             self._write(group, row, 0, blocks)
             table.num_blocks[group, row] = length
             table.num_slid[group, row] = blocks.count(NULL_BLOCK)
         table.num_hashed[row] = length
         table.num_computed[row] = length * self._block_size
+
+    def can_share(self, parent: int, num_computed: int) -> bool:
+        """Whether the parent still has all that a query at `num_computed` looks back on."""
+        for group, window in enumerate(self._windows):
+            if window is not None:
+                first = max(0, num_computed - window + 1) // self._block_size
+                if self._table.num_slid[group, parent] > first:
+                    return False
+        return True
 
     def share(self, parent: int, child: int, num_computed: int) -> None:
         """Let a fork's child go on from its parent's first `num_computed` positions (FORK-3)."""
@@ -164,7 +188,7 @@ class Pager:
             for i in np.flatnonzero(behind > table.num_slid[group, rows]).tolist():
                 row, start, end = int(rows[i]), int(table.num_slid[group, rows[i]]), int(behind[i])
                 left = table.block_tables[group, row, start:end].tolist()
-                self._pool.release(reversed(left))
+                self._release(left)
                 table.block_tables[group, row, start:end] = NULL_BLOCK
                 table.num_slid[group, row] = end
 
@@ -251,6 +275,7 @@ class Pager:
             if block is None:
                 continue
             [fresh] = pool.take(1)
+            self.num_copies += 1
             self._copies.setdefault(row, []).append((group, block, fresh, offset))
             if pool.refs[block] > 1:
                 pool.release([block])
@@ -266,10 +291,20 @@ class Pager:
         """Put blocks into the map that are full of known tokens, and written or about to be
         (KV-11).
         """
+        table = self._table
+        self._enter(rows, np.minimum(table.num_computed[rows], table.num_known[rows]))
+
+    def enter_settled_blocks(self, row: int) -> None:
+        """The same for a row that leaves: what the steps behind its last token have written."""
+        table = self._table
+        rows = np.array([row], np.int32)
+        self._enter(rows, np.minimum(table.num_computed[rows], table.num_known[rows] - 1))
+
+    def _enter(self, rows: Int32, num_tokens: Int32) -> None:
         if self._hasher is None:
             return
         table = self._table
-        full = np.minimum(table.num_computed[rows], table.num_known[rows]) // self._block_size
+        full = num_tokens // self._block_size
         for i in np.flatnonzero(full > table.num_hashed[rows]).tolist():
             row, end = int(rows[i]), int(full[i])
             start = int(table.num_hashed[row])
@@ -288,7 +323,7 @@ class Pager:
                             continue  # the first content keeps the key
                         self._content_of[block] = content
                     self._pool.enter(key, block)
-                    self.entered.append(block)
+                    self._log.append((sequence, block, key))
             table.num_hashed[row] = end
 
     def _extend_hashes(
@@ -306,21 +341,49 @@ class Pager:
                 before = sequence.contents[-1] if sequence.contents else None
                 sequence.contents.append(BlockContent(before, block.tobytes(), extra))
 
-    def distrust(self, row: int) -> None:
-        """Take the blocks that only this row holds out of the map: their content is in doubt."""
-        for group in self._groups:
-            for block in self._blocks_of(group, row):
-                if self._pool.refs[block] == 1:
-                    self._pool.forget(block)
+    def forget(self, entries: Iterable[tuple[int, bytes]]) -> None:
+        """Take blocks out of the map again, where they still stand under these keys (KV-11)."""
+        for block, key in entries:
+            if self._pool.key_of[block] == key:
+                self._pool.forget(block)
+
+    def reset(self) -> bool:
+        """Forget every prefix; False, changing nothing, while blocks are in use (POOL-7)."""
+        if not self._pool.reset():
+            return False
+        self._content_of.clear()
+        return True
 
     # The end of a step, and of a row
 
     def free(self, row: int) -> None:
         """Give a row's blocks back, last first (POOL-5); copies planned for it are withdrawn."""
-        self._copies.pop(row, None)
         self._repeats = self._repeats or bool(self._updates)
+        withdrawn = self._copies.pop(row, [])
+        self.num_copies -= len(withdrawn)
+        for _, source, _, _ in withdrawn:
+            if source in self._outdated:
+                self._outdated.remove(source)
+                self._release([source])
         for group in self._groups:
-            self._pool.release(reversed(self._blocks_of(group, row)))
+            self._release(self._blocks_of(group, row))
+
+    def _release(self, blocks: Sequence[int]) -> None:
+        """Drop references, last first; what a copy of this step still reads is not given away."""
+        if not self._copies:
+            self._pool.release(reversed(blocks))
+            return
+        sources = {copy[1] for copies in self._copies.values() for copy in copies}
+        for block in reversed(blocks):
+            if block in sources and self._pool.refs[block] == 1:
+                self._outdated.append(block)
+            else:
+                self._pool.release([block])
+
+    def take_log(self) -> BlockLog:
+        """What happened to the map since the last call."""
+        log, self._log = self._log, []
+        return log
 
     def take_changes(self) -> tuple[Int32, Int32]:
         """Table updates [N, 4] and copies [C, 4] since the last call, as in `StepPlan`."""

@@ -7,7 +7,7 @@ from pagedcore.scheduling.sequence import SequenceState
 
 
 class WaitingQueue:
-    """A heap of sequences; leaving from the middle costs nothing."""
+    """A heap of sequences; leaving from the middle costs little."""
 
     def __init__(self) -> None:
         self._heap: list[SequenceState] = []
@@ -20,24 +20,32 @@ class WaitingQueue:
 
     def push(self, sequence: SequenceState) -> None:
         """Enter at the place that the policy and the arrival give."""
-        self.num_tokens += len(sequence.request.prompt_token_ids)
+        self.num_tokens += _num_tokens(sequence)
         heapq.heappush(self._heap, sequence)
+
+    def first(self) -> SequenceState | None:
+        """Who is next; None when nobody waits."""
+        heap, gone = self._heap, self._gone
+        while heap and heap[0] in gone:
+            gone.remove(heapq.heappop(heap))
+        return heap[0] if heap else None
 
     def pop(self) -> SequenceState | None:
         """Take the first; None when nobody waits."""
-        while self._heap:
-            sequence = heapq.heappop(self._heap)
-            if sequence in self._gone:
-                self._gone.remove(sequence)
-                continue
+        sequence = self.first()
+        if sequence is not None:
+            heapq.heappop(self._heap)
             self._leave(sequence)
-            return sequence
-        return None
+        return sequence
 
     def remove(self, sequence: SequenceState) -> None:
         """Leave from wherever it is."""
         self._leave(sequence)
         self._gone.add(sequence)
+        if len(self._gone) > len(self._heap) // 2:
+            self._heap = [one for one in self._heap if one not in self._gone]
+            heapq.heapify(self._heap)
+            self._gone.clear()
 
     def put_back(self, sequences: Iterable[SequenceState]) -> None:
         """Enter again, in the old places (semantics SCHED-5)."""
@@ -45,4 +53,9 @@ class WaitingQueue:
             self.push(sequence)
 
     def _leave(self, sequence: SequenceState) -> None:
-        self.num_tokens -= len(sequence.request.prompt_token_ids)
+        self.num_tokens -= _num_tokens(sequence)
+
+
+def _num_tokens(sequence: SequenceState) -> int:
+    """A prompt counts once, however many choices it has (QUEUE-1)."""
+    return 0 if sequence.is_child else len(sequence.request.prompt_token_ids)

@@ -57,6 +57,12 @@ class SequenceState:
     order: Any
     """The policy's answer."""
 
+    end: int
+    """Length at which it ends: by max_tokens, or by the longest sequence that is possible."""
+
+    born: int
+    """The table's `next_ticket` when it arrived: tickets below are of others."""
+
     status: Status = Status.WAITING
     row: int = -1
     """In the table, while RUNNING."""
@@ -74,11 +80,19 @@ class SequenceState:
     """Those tokens are of no use: the step that they build on has failed."""
 
     was_admitted: bool = False
-    num_prompt_logprobs: int = 0
-    """Positions whose prompt log-probabilities were handed out."""
+    """It has had a row before, so look-ups and cached tokens are not counted again (KV-12)."""
+
+    is_child: bool = False
+    """It began as a fork of another sequence."""
+
+    parent: "SequenceState | None" = None
+    """While DEFERRED: whose computation it waits for."""
 
     forks: list["PendingFork"] = field(default_factory=list)
     """Forks of this sequence that have not taken effect."""
+
+    num_prompt_logprobs: int = 0
+    """Prompt tokens whose log-probabilities were handed out."""
 
     def known_tokens(self) -> NDArray[np.int32]:
         """Prompt and outputs, int32; valid while it is not RUNNING."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pagedcore.request import FinishReason, RepetitionDetection
+from pagedcore.request import FinishReason, RepetitionDetection, Request
 from pagedcore.scheduling.table import SequenceTable
 from pagedcore.step import Bool, Int32
 
@@ -21,22 +21,23 @@ def may_have_ended(table: SequenceTable, rows: Int32, tokens: Int32) -> Bool:
     return ends
 
 
-def why_ended(table: SequenceTable, row: int) -> End | None:
-    """Why the sequence in a row ends with its last known token; None when it goes on."""
-    params = table.sequence(row).request.params
-    known = int(table.num_known[row])
-    start = int(table.num_prompt[row])
-    token = int(table.tokens[row, known - 1])
-    if token == table.eos[row]:
+def why_ended(request: Request, outputs: Int32, end: int) -> End | None:
+    """Why a sequence ends with the last of its `outputs` [K]; None when it goes on.
+
+    `end` is the length, prompt included, at which it ends at the latest.
+    """
+    params = request.params
+    token = int(outputs[-1])
+    if token == request.eos_token_id and not params.ignore_eos:
         return FinishReason.STOP, None
     if token in params.stop_token_ids:
         return FinishReason.STOP, token
-    if known >= table.end[row]:
+    if len(request.prompt_token_ids) + len(outputs) >= end:
         return FinishReason.LENGTH, None
-    if known - start < params.min_tokens:
+    if len(outputs) < params.min_tokens:
         return None
     detection = params.repetition_detection
-    if detection is not None and is_repetition(table.tokens[row, start:known], detection):
+    if detection is not None and is_repetition(outputs, detection):
         return FinishReason.REPETITION, None
     return None
 

@@ -19,12 +19,16 @@ one by one."""
 class SequenceTable:
     """Columns by row. Assigning to a column is the scheduler's and the pager's business."""
 
-    def __init__(self, *, num_rows: int, max_model_len: int, num_groups: int, max_blocks: int):
+    def __init__(
+        self, *, num_rows: int, max_model_len: int, num_groups: int, max_blocks: int
+    ) -> None:
         def column(fill: int = 0) -> Int32:
             return np.full(num_rows, fill, np.int32)
 
         self.request_id = np.full(num_rows, -1, np.int64)
         """Who holds the row; -1 when it is free."""
+        self.ticket = np.full(num_rows, -1, np.int64)
+        """Differs for each stay in the table, so that a late result finds whom it belongs to."""
         self.num_known = column()
         """Tokens that the host knows: prompt and outputs."""
         self.length = column()
@@ -55,6 +59,10 @@ class SequenceTable:
         """The block it writes next may have other owners (FORK-4)."""
         self.running: Int32 = np.empty(0, np.int32)
         """Rows in order of admission. Replaced, never changed in place: plans hold on to it."""
+        self.next_ticket = 0
+        """Larger than every ticket given so far."""
+        self.version = 0
+        """Changes with `running`."""
         self._sequences: list[SequenceState | None] = [None] * num_rows
         self._free = list(range(num_rows - 1, -1, -1))
 
@@ -69,12 +77,19 @@ class SequenceTable:
         assert found is not None, f"row {row} is free"
         return found
 
+    def outputs(self, row: int) -> Int32:
+        """[K] Known outputs of a row; a view."""
+        return self.tokens[row, self.num_prompt[row] : self.num_known[row]]
+
     def add(self, sequence: SequenceState, tokens: Int32, end: int) -> int:
         """Give a sequence a free row, at the end of `running`; without any blocks."""
         row = self._free.pop()
         request = sequence.request
         self._sequences[row] = sequence
         self.request_id[row] = request.id
+        self.ticket[row] = self.next_ticket
+        self.next_ticket += 1
+        self.version += 1
         self.num_known[row] = self.length[row] = len(tokens)
         self.num_prompt[row] = len(request.prompt_token_ids)
         self.tokens[row, : len(tokens)] = tokens
@@ -97,10 +112,10 @@ class SequenceTable:
     def remove(self, row: int) -> SequenceState:
         """Free a row; the sequence's outputs are brought up to date."""
         sequence = self.sequence(row)
-        start, end = int(self.num_prompt[row]), int(self.num_known[row])
-        sequence.request.output_token_ids = self.tokens[row, start:end].tolist()
+        sequence.request.output_token_ids = self.outputs(row).tolist()
         self._sequences[row] = None
-        self.request_id[row] = -1
+        self.request_id[row] = self.ticket[row] = -1
+        self.version += 1
         self.running = self.running[self.running != row]
         self._free.append(row)
         sequence.row = -1

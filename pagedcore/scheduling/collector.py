@@ -1,0 +1,170 @@
+"""What a finished step means: tokens appended, sequences ended, failures contained.
+
+S sequences in the step    K of them produced a token
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from pagedcore.request import FinishReason
+from pagedcore.scheduling.in_flight import StepInFlight, spread
+from pagedcore.scheduling.paging import Pager
+from pagedcore.scheduling.roster import Roster
+from pagedcore.scheduling.sequence import SequenceState
+from pagedcore.scheduling.stopping import may_have_ended, why_ended
+from pagedcore.scheduling.table import SequenceTable
+from pagedcore.step import Bool, Finished, Int32, StepOutput, StepResult
+
+
+class Collector:
+    """Takes the results of steps, oldest first; `later` ones are still in flight."""
+
+    def __init__(self, roster: Roster, table: SequenceTable, pager: Pager) -> None:
+        self._roster = roster
+        self._table = table
+        self._pager = pager
+        self.num_tokens = 0
+        """Tokens handed out."""
+
+    def finish(
+        self, step: StepInFlight, result: StepResult, later: Sequence[StepInFlight]
+    ) -> StepOutput:
+        """Hand out what a step produced."""
+        finished = self._fail_some(step, result, later) if result.failed else []
+        plan = step.plan
+        if step.draws_all and step.version == self._table.version:
+            produced = None  # all of them
+            rows, tokens = plan.rows, result.tokens
+            output = StepOutput(plan.request_ids, tokens, finished)
+        else:
+            live = self._table.ticket[plan.rows] == step.tickets
+            produced = live & plan.samples
+            rows, tokens = plan.rows[produced], result.tokens[produced]
+            produced |= self._take_late(step, result.tokens, plan.samples & ~live, finished)
+            output = StepOutput(plan.request_ids[produced], result.tokens[produced], finished)
+        self._append(rows, tokens)
+        self.num_tokens += len(output.tokens)
+        if self._roster.untold:
+            self._tell_cached(output)
+        if result.logprobs or result.prompt_logprobs:
+            self._add_logprobs(step, result, produced, output)
+        self._end_rows(rows, tokens, finished)
+        return output
+
+    def fail(self, step: StepInFlight, message: str, later: Sequence[StepInFlight]) -> StepOutput:
+        """End everybody who was in a step that failed as a whole."""
+        members = (self._sequence(step, index) for index in range(len(step.plan.rows)))
+        guilty = {sequence: message for sequence in members if sequence is not None}
+        # Rows that began without running anything: the device may not have heard of them.
+        begun = (self._roster.find(admission.request.id) for admission in step.plan.admitted)
+        output = StepOutput(np.empty(0, np.int64), np.empty(0, np.int32))
+        output.finished += self._end_guilty(
+            [step, *later], guilty, [s for s in begun if s is not None]
+        )
+        return output
+
+    # Tokens
+
+    def _append(self, rows: Int32, tokens: Int32) -> None:
+        table = self._table
+        known = table.num_known[rows]
+        table.tokens[rows, known] = tokens
+        table.num_known[rows] = known + 1
+
+    def _end_rows(self, rows: Int32, tokens: Int32, finished: list[Finished]) -> None:
+        """End the sequences whose newest token is their last."""
+        table = self._table
+        due = may_have_ended(table, rows, tokens)
+        if not due.any():
+            return
+        for row in rows[due].tolist():
+            sequence = table.sequence(row)
+            end = why_ended(sequence.request, table.outputs(row), sequence.end)
+            if end is not None:
+                self._roster.end(sequence, end[0])
+                finished.append(Finished(sequence.request.id, *end))
+
+    def _take_late(
+        self, step: StepInFlight, tokens: Int32, late: Bool, finished: list[Finished]
+    ) -> Bool:
+        """Take tokens of sequences that were preempted meanwhile (ASYNC-5); which were taken."""
+        taken = np.zeros_like(late)
+        for index in np.flatnonzero(late).tolist():
+            sequence = self._sequence(step, index)
+            if sequence is None or sequence.num_awaited == 0:
+                continue  # aborted, or ended by the step before (ASYNC-3)
+            sequence.num_awaited -= 1
+            if sequence.discards_awaited:
+                sequence.discards_awaited = sequence.num_awaited > 0
+                continue
+            taken[index] = True
+            request = sequence.request
+            request.output_token_ids.append(int(tokens[index]))
+            end = why_ended(request, np.array(request.output_token_ids, np.int32), sequence.end)
+            if end is not None:
+                self._roster.end(sequence, end[0])
+                finished.append(Finished(request.id, *end))
+        return taken
+
+    def _sequence(self, step: StepInFlight, index: int) -> SequenceState | None:
+        request_id, ticket = int(step.plan.request_ids[index]), int(step.tickets[index])
+        return self._roster.of_ticket(request_id, ticket)
+
+    # What goes with tokens
+
+    def _tell_cached(self, output: StepOutput) -> None:
+        untold = self._roster.untold
+        told = [sequence for sequence in untold if self._roster.num_outputs(sequence) > 0]
+        for sequence in told:
+            untold.remove(sequence)
+            output.num_cached_tokens[sequence.request.id] = sequence.request.num_cached_tokens
+
+    def _add_logprobs(
+        self, step: StepInFlight, result: StepResult, produced: Bool | None, output: StepOutput
+    ) -> None:
+        plan = step.plan
+        for index, entry in result.logprobs.items():
+            if produced is None or produced[index]:
+                output.logprobs[int(plan.request_ids[index])] = entry
+        for index, entries in result.prompt_logprobs.items():
+            sequence = self._sequence(step, index)
+            stays = self._table.ticket[plan.rows[index]] == step.tickets[index]
+            if sequence is None or sequence.is_child or not stays:
+                continue  # one that was preempted computes its prompt again
+            fresh = entries[sequence.num_prompt_logprobs - int(plan.num_computed[index]) :]
+            if fresh:
+                sequence.num_prompt_logprobs += len(fresh)
+                output.prompt_logprobs[sequence.request.id] = fresh
+
+    # Failures
+
+    def _fail_some(
+        self, step: StepInFlight, result: StepResult, later: Sequence[StepInFlight]
+    ) -> list[Finished]:
+        """End the sequences that failed, but not those that only built on them."""
+        failed: dict[SequenceState, str] = {}
+        for index, message in result.failed.items():
+            sequence = self._sequence(step, index)
+            if sequence is not None and not sequence.discards_awaited:
+                failed[sequence] = message
+        built_on = spread([step], failed).built_on
+        guilty = {s: message for s, message in failed.items() if s not in built_on}
+        return self._end_guilty([step, *later], guilty, ())
+
+    def _end_guilty(
+        self,
+        steps: Sequence[StepInFlight],
+        guilty: Mapping[SequenceState, str],
+        doubtful: Iterable[SequenceState],
+    ) -> list[Finished]:
+        damage = spread(steps, guilty.keys())
+        self._pager.forget(damage.entries)  # before any block is freed or looked up (KV-11)
+        finished = []
+        for sequence, message in guilty.items():
+            self._roster.end(sequence, FinishReason.ERROR)
+            finished.append(Finished(sequence.request.id, FinishReason.ERROR, message=message))
+        for sequence in damage.built_on.union(doubtful):
+            if self._roster.find(sequence.request.id) is sequence:
+                self._roster.recompute(sequence)
+        return finished

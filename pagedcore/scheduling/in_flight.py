@@ -1,0 +1,68 @@
+"""Steps that are planned and have no result yet, and what a failure among them touches."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from pagedcore.scheduling.paging import BlockLog
+from pagedcore.scheduling.sequence import SequenceState
+from pagedcore.step import Int64, StepPlan
+
+
+@dataclass(slots=True, eq=False)
+class StepInFlight:
+    """A plan, and what the scheduler must remember of it."""
+
+    plan: StepPlan
+
+    tickets: Int64
+    """[S] The stay in the table for which each sequence was planned."""
+
+    version: int
+    """The table's, when the plan was made: equal means that everybody is still there."""
+
+    draws_all: bool
+    """Whether every sequence of the plan draws a token."""
+
+    log: BlockLog
+    """What this step entered into the prefix cache and found there."""
+
+    forked: list[tuple[SequenceState, SequenceState]]
+    """Children that joined at the beginning of this step, each with its parent."""
+
+
+@dataclass(slots=True)
+class Damage:
+    """What a failure has spread to."""
+
+    built_on: set[SequenceState]
+    """Sequences, guilty or not, that read what a guilty one wrote."""
+
+    entries: list[tuple[int, bytes]]
+    """Entries of the prefix cache that must go: block and key."""
+
+
+def spread(steps: Iterable[StepInFlight], guilty: Collection[SequenceState]) -> Damage:
+    """Follow what `guilty` wrote in the first of `steps` and after it."""
+    doubtful = set(guilty)
+    damage = Damage(set(), [])
+    bad_blocks: set[int] = set()
+
+    def mark(sequence: SequenceState) -> None:
+        doubtful.add(sequence)
+        damage.built_on.add(sequence)
+
+    for number, step in enumerate(steps):
+        for child, parent in step.forked:
+            # those that joined before the first step share what was there before
+            if number > 0 and parent in doubtful:
+                mark(child)
+        for sequence, block, key in step.log:
+            if key is None:
+                if block in bad_blocks:
+                    mark(sequence)
+            elif sequence in doubtful:
+                bad_blocks.add(block)
+                damage.entries.append((block, key))
+            else:
+                bad_blocks.discard(block)
+    return damage
