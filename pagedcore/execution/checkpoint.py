@@ -298,10 +298,10 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
 
 def float_type(field: str, name: object) -> torch.dtype:
     """Torch's type for a name in config.json. Raises ModelError for one that is no float type."""
-    plain = name.removeprefix("torch.") if isinstance(name, str) else name
+    plain = name.removeprefix("torch.") if isinstance(name, str) else ""
     if plain not in FLOATS:
         raise ModelError(f"config.json: {field} must be one of {', '.join(FLOATS)}, not {name!r}.")
-    return FLOATS[str(plain)]
+    return FLOATS[plain]
 
 
 def _read_bounded(path: Path) -> bytes:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagedcore.errors import ModelError
-from pagedcore.execution.checkpoint import float_type, read_config
+from pagedcore.execution.checkpoint import config_dtype, read_config
 
 DEVIATION = 0.02
 """Standard deviation of all weights: what most models are initialised with."""
@@ -89,11 +88,8 @@ class RandomCheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's float type by config.json. Raises ModelError when that does not say it."""
-        for field in ("dtype", "torch_dtype"):
-            if self.config.get(field) is not None:
-                return float_type(field, self.config[field])
-        raise ModelError("config.json: dtype is missing, and random weights do not tell it.")
+        """The model's float type: what config.json says, or else float32."""
+        return config_dtype(self.config) or torch.float32
 
     def shapes(self, dtype: torch.dtype) -> RandomWeights:
         """Weights without content, for a model that computes in `dtype`."""

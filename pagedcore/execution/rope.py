@@ -18,6 +18,9 @@ from pagedcore.execution.ops import RopeTable
 
 TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
+MAX_POSITIONS = 2**24
+"""Beyond, float32 cannot tell one position from the next."""
+
 
 def make_rope(
     config: Mapping[str, Any],
@@ -43,12 +46,15 @@ def make_rope(
     if dim % 2 or not 0 < dim <= head_dim:
         raise model.error("partial_rotary_factor", f"must give an even part of {head_dim} elements")
 
+    if max_positions > MAX_POSITIONS:
+        raise model.error(
+            "max_position_embeddings", f"must be at most {MAX_POSITIONS}, or max_model_len be set"
+        )
     positions = torch.arange(max_positions, dtype=torch.float32, device=device)
     amplitude = 1.0
     if kind == "dynamic":
         trained = model.size("max_position_embeddings")
-        factor = scaling.number("factor")
-        angles = _dynamic_angles(positions, theta, dim, factor, trained)
+        angles = _dynamic_angles(positions, theta, dim, scaling.number("factor"), trained)
     else:
         frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
         if kind == "linear":
@@ -61,7 +67,8 @@ def make_rope(
             frequencies = _yarn(frequencies, scaling, theta, factor, trained)
             amplitude = _yarn_amplitude(scaling, factor)
         angles = torch.outer(positions, frequencies.to(device))
-    return RopeTable(torch.cat([angles.cos(), angles.sin()], 1) * amplitude)
+    cos_sin = torch.cat([angles.cos(), angles.sin_()], 1)
+    return RopeTable(cos_sin if amplitude == 1.0 else cos_sin.mul_(amplitude))
 
 
 def _trained_length(model: ConfigFields, scaling: ConfigFields) -> int:

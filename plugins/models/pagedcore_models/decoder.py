@@ -113,7 +113,7 @@ def windows(config: Mapping[str, Any], num_layers: int) -> list[int | None]:
     if types is None:
         first = fields.size("max_window_layers", 28, least=0)
         return [window if i >= first else None for i in range(num_layers)]
-    known = {"sliding_attention": window, "full_attention": None}
-    if type(types) is not list or len(types) != num_layers or not all(t in known for t in types):
+    known = ("sliding_attention", "full_attention")
+    if type(types) is not list or len(types) != num_layers or any(t not in known for t in types):
         raise fields.error("layer_types", f"must list one of {', '.join(known)} for each layer")
-    return [known[t] for t in types]
+    return [window if t == "sliding_attention" else None for t in types]

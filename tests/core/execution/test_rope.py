@@ -102,10 +102,15 @@ def test_on_meta_a_table_is_only_a_shape():
     rope = make_rope(
         SIZES | {"rope_parameters": SCALINGS["dynamic"]},
         head_dim=32,
-        max_positions=10**9,
+        max_positions=2**24,
         device=torch.device("meta"),
     )
-    assert rope.cos_sin.shape == (10**9, 32)
+    assert rope.cos_sin.shape == (2**24, 32)
+
+
+def test_more_positions_than_float32_can_tell_apart_are_refused():
+    with pytest.raises(ModelError, match=r"max_position_embeddings must be at most 16777216"):
+        table({"max_position_embeddings": 10**9}, max_positions=10**9)
 
 
 @pytest.mark.parametrize(
