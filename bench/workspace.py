@@ -15,10 +15,10 @@ FOLDERS.append(str(ROOT / "plugins/quantization"))
 sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])
 
-import pluggy  # noqa: E402 - the path comes first
-from model_shapes import write  # noqa: E402
+import pluggy
+from model_shapes import write
 
-from pagedcore.config import EngineConfig  # noqa: E402
+from pagedcore.config import EngineConfig
 
 
 def plugins() -> pluggy.PluginManager:
