@@ -18,14 +18,14 @@ from pagedcore.cache_spec import group_layers
 from pagedcore.config import EngineConfig, Usage
 from pagedcore.errors import ConfigError, ModelError
 from pagedcore.execution import memory
-from pagedcore.execution.checkpoint import Checkpoint, config_dtype, read_config
+from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.devices import available_bytes, choose_dtype, find_device, total_bytes
 from pagedcore.execution.executor import Executor
 from pagedcore.execution.kv_cache import CacheMaker, profile
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import Ops
 from pagedcore.execution.quantizer import Quantizer, Unquantized
-from pagedcore.execution.random_weights import RandomWeights
+from pagedcore.execution.random_weights import RandomCheckpoint
 from pagedcore.plugins import choose, collect
 
 
@@ -39,12 +39,15 @@ def build_executor(
     started = time.perf_counter()
     device = find_device(config.execution.device)
     ops = _choose_backend(config, device, plugins)
-    checkpoint = None if config.model.load_format == "dummy" else Checkpoint(folder)
-    of_model = read_config(folder) if checkpoint is None else checkpoint.config
+    checkpoint = (
+        RandomCheckpoint(folder, config.execution.seed)
+        if config.model.load_format == "dummy"
+        else Checkpoint(folder)
+    )
+    of_model = checkpoint.config
     model_class = choose(plugins, "pagedcore_models", _architecture(of_model))()
     quantizer = _choose_quantizer(config, of_model, plugins)
-    of_checkpoint = checkpoint.dtype if checkpoint else config_dtype(of_model) or torch.float32
-    dtype = choose_dtype(config.model.dtype, of_checkpoint, device)
+    dtype = choose_dtype(config.model.dtype, checkpoint.dtype, device)
     own_length = longest_context(of_model)
     asked = config.model.max_model_len
     _check_asked_length(asked, own_length)
@@ -58,26 +61,21 @@ def build_executor(
     available = available_bytes(config, device)
     build = ModelBuild(
         config=of_model,
-        weights=RandomWeights(dtype, device, config.execution.seed),
+        weights=checkpoint.shapes(dtype),
         quantizer=quantizer,
         ops=ops,
         dtype=dtype,
-        device=device,
+        device=torch.device("meta"),
         max_positions=config.model.max_model_len or own_length,
     )
-    if checkpoint is not None:
-        shapes = checkpoint.shapes(dtype)
-        model_class(replace(build, weights=shapes, device=torch.device("meta")))
-        checkpoint.check_all_taken()
-        if isinstance(quantizer, Unquantized):  # others know best what becomes of the bytes
-            memory.check_weights_fit(checkpoint.num_bytes, available)
-        tensors = checkpoint.tensors(dtype, device)
-        with torch.inference_mode():
-            model = model_class(replace(build, weights=tensors))
-        tensors.finish()
-    else:
-        with torch.inference_mode():
-            model = model_class(build)
+    model_class(build)
+    checkpoint.check_all_taken()
+    if isinstance(quantizer, Unquantized):  # others know best what becomes of the bytes
+        memory.check_weights_fit(checkpoint.num_bytes, available)
+    weights = checkpoint.tensors(dtype, device)
+    with torch.inference_mode():
+        model = model_class(replace(build, weights=weights, device=device))
+    weights.finish()
     loaded = time.perf_counter()
 
     groups = group_layers(model.cache_specs)

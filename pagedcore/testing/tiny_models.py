@@ -58,10 +58,11 @@ def save_tiny_model(
     `family` is llama, mistral, qwen2, qwen3 or qwen3_moe; `fields` replace those of its
     config.json. `max_shard_size` such as "50KB" cuts the weights into several files.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    classes: Any = transformers.AutoModelForCausalLM
     torch_state = torch.get_rng_state()
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **fields), dtype=torch.float32)
+    model: Any = classes.from_config(tiny_config(family, **fields), dtype=torch.float32)
     torch.set_rng_state(torch_state)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -74,7 +75,8 @@ def save_tiny_model(
     write_tokenizer(folder)
     model.generation_config.eos_token_id = None  # `greedy_tokens` goes on after an end
     model.generation_config.pad_token_id = END
-    return model.float()
+    reference: PreTrainedModel = model.float()
+    return reference
 
 
 def tiny_config(family: str, **fields: Any) -> "PreTrainedConfig":
@@ -110,7 +112,8 @@ def write_tokenizer(folder: Path) -> None:
 def greedy_tokens(model: "PreTrainedModel", prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What transformers generates at temperature 0, after a model that `save_tiny_model` made."""
     ids = torch.tensor([list(prompt)])
-    out = model.generate(
+    generate: Any = model.generate
+    out = generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens
     )
     tokens: list[int] = out[0, len(prompt) :].tolist()
