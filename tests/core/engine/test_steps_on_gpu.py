@@ -1,0 +1,169 @@
+"""On a GPU: the same tokens from kernels, graphs and plain torch, and no waiting in the loop."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pagedcore import EngineConfig, SamplingParams
+from pagedcore.engine.build import build_engine
+from pagedcore.plugins import register
+from pagedcore.request import Request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SHAPE = dict(
+    architectures=["Qwen3ForCausalLM"],
+    model_type="qwen3",
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=1024,
+    max_position_embeddings=1024,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    hidden_act="silu",
+    attention_bias=False,
+    dtype="float32",
+)
+
+
+def plugins():
+    import pagedcore.builtin
+    import pagedcore_kernels
+    import pagedcore_models
+
+    return register(
+        {"core": pagedcore.builtin, "kernels": pagedcore_kernels, "models": pagedcore_models}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(SHAPE))
+    return path
+
+
+@pytest.fixture
+def make(folder):
+    engines = []
+
+    def make(**options):
+        settings = dict(
+            model=str(folder),
+            load_format="dummy",
+            dtype="float32",
+            device="cuda",
+            max_num_seqs=16,
+            kv_cache_memory_bytes=2**27,
+        )
+        config = EngineConfig.from_options(**{**settings, **options})
+        engines.append(build_engine(config, plugins=plugins()))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.shutdown()
+
+
+def prompts(count):
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, 1024, rng.integers(3, 90)).astype(np.int32) for _ in range(count)]
+
+
+def run(engine, asked, first_id=0, **params):
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 64, "ignore_eos": True, **params})
+    outputs = {}
+    for i, prompt in enumerate(asked):
+        outputs[first_id + i] = []
+        engine.add(Request(id=first_id + i, prompt_token_ids=prompt, params=params))
+    while engine.has_work:
+        output = engine.step()
+        if output is not None:
+            for request_id, token in zip(output.request_ids, output.tokens, strict=True):
+                outputs[int(request_id)].append(int(token))
+            assert not [end for end in output.finished if end.message]
+    return list(outputs.values())
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    config = EngineConfig.from_options(
+        model=str(folder),
+        load_format="dummy",
+        dtype="float32",
+        device="cuda",
+        backend="torch",
+        max_num_seqs=16,
+        kv_cache_memory_bytes=2**27,
+        async_scheduling=False,
+    )
+    engine = build_engine(config, plugins=plugins())
+    tokens = [run(engine, [prompt], i)[0] for i, prompt in enumerate(prompts(6))]
+    engine.shutdown()
+    return tokens
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_greedy_tokens_are_those_of_plain_torch_batched_and_alone(
+    make, expected, eager, overlapped
+):
+    engine = make(enforce_eager=eager, async_scheduling=overlapped)
+    for round_ in range(3):  # a graph is captured when it is needed again
+        assert run(engine, prompts(6), 100 * round_) == expected
+    alone = [run(engine, [prompt], 1000 + i)[0] for i, prompt in enumerate(prompts(6))]
+    assert alone == expected
+
+
+def test_chunks_and_cached_prefixes_change_no_token(make, expected):
+    engine = make(max_num_batched_tokens=16)
+    assert run(engine, prompts(6)) == expected
+    assert run(engine, prompts(6), 100) == expected
+
+
+def test_graphs_that_are_prepared_in_advance_give_the_same_tokens(make, expected):
+    engine = make()
+    while engine.prepare():
+        pass
+    assert run(engine, prompts(6)) == expected
+
+
+def test_seeded_draws_do_not_depend_on_graphs_or_batch(make):
+    wishes = dict(temperature=0.8, seed=11)
+    for extra in ({}, {"top_k": 20, "top_p": 0.9}):
+        engine = make(enforce_eager=True)
+        eager = run(engine, prompts(5), **wishes, **extra)
+        engine = make()
+        for round_ in range(3):
+            assert run(engine, prompts(5), 100 * round_, **wishes, **extra) == eager
+        assert run(engine, prompts(5)[:1], 1000, **wishes, **extra) == eager[:1]
+
+
+def test_a_decoding_step_never_waits_for_the_device(make):
+    engine = make()
+    run(engine, prompts(8))
+    run(engine, prompts(8), 100)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    for i, prompt in enumerate(prompts(8)):
+        engine.add(Request(id=200 + i, prompt_token_ids=prompt, params=params))
+    for _ in range(6):
+        engine.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(40):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    while engine.has_work:
+        engine.step()
