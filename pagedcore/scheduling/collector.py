@@ -8,13 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from pagedcore.request import FinishReason
-from pagedcore.scheduling.in_flight import StepInFlight, spread
+from pagedcore.scheduling.in_flight import StepInFlight, ended_among, spread
 from pagedcore.scheduling.paging import Pager
 from pagedcore.scheduling.roster import Roster
 from pagedcore.scheduling.sequence import SequenceState
-from pagedcore.scheduling.stopping import may_have_ended, why_ended
+from pagedcore.scheduling.stopping import End, may_have_ended, why_ended
 from pagedcore.scheduling.table import SequenceTable
 from pagedcore.step import Bool, Finished, Int32, StepOutput, StepResult
+
+Ending = tuple[SequenceState, End]
+"""A sequence that is over, and why."""
 
 
 class Collector:
@@ -34,35 +37,43 @@ class Collector:
         finished = self._fail_some(step, result, later) if result.failed else []
         plan = step.plan
         if step.draws_all and step.version == self._table.version:
-            produced = None  # all of them
+            produced, ends = None, list[Ending]()  # all of them produced
             rows, tokens = plan.rows, result.tokens
             output = StepOutput(plan.request_ids, tokens, finished)
         else:
             live = self._table.ticket[plan.rows] == step.tickets
             produced = live & plan.samples
             rows, tokens = plan.rows[produced], result.tokens[produced]
-            produced |= self._take_late(step, result.tokens, plan.samples & ~live, finished)
+            taken, ends = self._take_late(step, result.tokens, plan.samples & ~live)
+            produced |= taken
             output = StepOutput(plan.request_ids[produced], result.tokens[produced], finished)
         self._append(rows, tokens)
+        ends += self._ends_of(rows, tokens)
         self.num_tokens += len(output.tokens)
         if self._roster.untold:
             self._tell_cached(output)
         if result.logprobs or result.prompt_logprobs:
             self._add_logprobs(step, result, produced, output)
-        self._end_rows(rows, tokens, finished)
+        for sequence, end in ends:
+            self._roster.end(sequence, end[0])
+            finished.append(Finished(sequence.request.id, *end))
         return output
 
     def fail(self, step: StepInFlight, message: str, later: Sequence[StepInFlight]) -> StepOutput:
         """End everybody who was in a step that failed as a whole."""
-        members = (self._sequence(step, index) for index in range(len(step.plan.rows)))
-        guilty = {sequence: message for sequence in members if sequence is not None}
+        guilty: dict[SequenceState, str] = {}
+        for index, draws in enumerate(step.plan.samples.tolist()):
+            sequence = self._sequence(step, index)
+            if sequence is not None and self._is_trusted(step, index, sequence):
+                guilty[sequence] = message
+            elif sequence is not None and draws:
+                sequence.num_awaited -= 1
         # Rows that began without running anything: the device may not have heard of them.
         begun = (self._roster.find(admission.request.id) for admission in step.plan.admitted)
-        output = StepOutput(np.empty(0, np.int64), np.empty(0, np.int32))
-        output.finished += self._end_guilty(
-            [step, *later], guilty, [s for s in begun if s is not None]
-        )
-        return output
+        doubtful = [sequence for sequence in begun if sequence is not None]
+        gone = ended_among([step, *later], set(step.plan.request_ids.tolist()))
+        finished = self._end_guilty([step, *later], guilty, gone, doubtful)
+        return StepOutput(np.empty(0, np.int64), np.empty(0, np.int32), finished)
 
     # Tokens
 
@@ -72,44 +83,50 @@ class Collector:
         table.tokens[rows, known] = tokens
         table.num_known[rows] = known + 1
 
-    def _end_rows(self, rows: Int32, tokens: Int32, finished: list[Finished]) -> None:
-        """End the sequences whose newest token is their last."""
+    def _ends_of(self, rows: Int32, tokens: Int32) -> list[Ending]:
+        """The sequences whose newest token is their last."""
         table = self._table
         due = may_have_ended(table, rows, tokens)
+        ends: list[Ending] = []
         if not due.any():
-            return
+            return ends
         for row in rows[due].tolist():
             sequence = table.sequence(row)
             end = why_ended(sequence.request, table.outputs(row), sequence.end)
             if end is not None:
-                self._roster.end(sequence, end[0])
-                finished.append(Finished(sequence.request.id, *end))
+                ends.append((sequence, end))
+        return ends
 
     def _take_late(
-        self, step: StepInFlight, tokens: Int32, late: Bool, finished: list[Finished]
-    ) -> Bool:
-        """Take tokens of sequences that were preempted meanwhile (ASYNC-5); which were taken."""
+        self, step: StepInFlight, tokens: Int32, late: Bool
+    ) -> tuple[Bool, list[Ending]]:
+        """Take tokens of sequences that were preempted meanwhile (ASYNC-5): which were taken, and
+        what they end.
+        """
         taken = np.zeros_like(late)
+        ends: list[Ending] = []
         for index in np.flatnonzero(late).tolist():
             sequence = self._sequence(step, index)
             if sequence is None or sequence.num_awaited == 0:
                 continue  # aborted, or ended by the step before (ASYNC-3)
             sequence.num_awaited -= 1
-            if sequence.discards_awaited:
-                sequence.discards_awaited = sequence.num_awaited > 0
+            if not self._is_trusted(step, index, sequence):
                 continue
             taken[index] = True
             request = sequence.request
             request.output_token_ids.append(int(tokens[index]))
             end = why_ended(request, np.array(request.output_token_ids, np.int32), sequence.end)
             if end is not None:
-                self._roster.end(sequence, end[0])
-                finished.append(Finished(request.id, *end))
-        return taken
+                ends.append((sequence, end))
+        return taken, ends
 
     def _sequence(self, step: StepInFlight, index: int) -> SequenceState | None:
         request_id, ticket = int(step.plan.request_ids[index]), int(step.tickets[index])
         return self._roster.of_ticket(request_id, ticket)
+
+    def _is_trusted(self, step: StepInFlight, index: int, sequence: SequenceState) -> bool:
+        """Whether what the step did for a sequence builds on nothing that failed."""
+        return int(step.tickets[index]) >= sequence.trusted_from
 
     # What goes with tokens
 
@@ -129,9 +146,10 @@ class Collector:
                 output.logprobs[int(plan.request_ids[index])] = entry
         for index, entries in result.prompt_logprobs.items():
             sequence = self._sequence(step, index)
-            stays = self._table.ticket[plan.rows[index]] == step.tickets[index]
-            if sequence is None or sequence.is_child or not stays:
-                continue  # one that was preempted computes its prompt again
+            if sequence is None or sequence.is_child:
+                continue
+            if not self._is_trusted(step, index, sequence):
+                continue
             fresh = entries[sequence.num_prompt_logprobs - int(plan.num_computed[index]) :]
             if fresh:
                 sequence.num_prompt_logprobs += len(fresh)
@@ -146,19 +164,23 @@ class Collector:
         failed: dict[SequenceState, str] = {}
         for index, message in result.failed.items():
             sequence = self._sequence(step, index)
-            if sequence is not None and not sequence.discards_awaited:
+            if sequence is not None and self._is_trusted(step, index, sequence):
                 failed[sequence] = message
-        built_on = spread([step], failed).built_on
+        ids = set(step.plan.request_ids[list(result.failed)].tolist())
+        gone = ended_among([step, *later], ids)
+        built_on = spread([step], gone.union(failed)).built_on
         guilty = {s: message for s, message in failed.items() if s not in built_on}
-        return self._end_guilty([step, *later], guilty, ())
+        return self._end_guilty([step, *later], guilty, gone, ())
 
     def _end_guilty(
         self,
         steps: Sequence[StepInFlight],
         guilty: Mapping[SequenceState, str],
+        gone: set[SequenceState],
         doubtful: Iterable[SequenceState],
     ) -> list[Finished]:
-        damage = spread(steps, guilty.keys())
+        """End who is guilty, and let everybody begin again who built on them or on `gone`."""
+        damage = spread(steps, gone.union(guilty))
         self._pager.forget(damage.entries)  # before any block is freed or looked up (KV-11)
         finished = []
         for sequence, message in guilty.items():

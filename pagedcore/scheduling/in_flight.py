@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from pagedcore.scheduling.paging import BlockLog
-from pagedcore.scheduling.sequence import SequenceState
+from pagedcore.scheduling.sequence import SequenceState, Status
 from pagedcore.step import Int64, StepPlan
 
 
@@ -66,3 +66,12 @@ def spread(steps: Iterable[StepInFlight], guilty: Collection[SequenceState]) -> 
             else:
                 bad_blocks.discard(block)
     return damage
+
+
+def ended_among(steps: Iterable[StepInFlight], ids: Collection[int]) -> set[SequenceState]:
+    """Sequences with these request ids that are over, and have left something behind in `steps`."""
+    seen: set[SequenceState] = set()
+    for step in steps:
+        seen.update(parent for _, parent in step.forked)
+        seen.update(sequence for sequence, _, _ in step.log)
+    return {s for s in seen if s.status is Status.FINISHED and s.request.id in ids}

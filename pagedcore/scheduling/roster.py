@@ -36,7 +36,7 @@ class Roster:
         """Sequences that are over, by reason."""
         self._live: dict[int, SequenceState] = {}
         self._parents: dict[SequenceState, None] = {}  # in order of their forks
-        self._next_number = 0
+        self.next_number = 0
         self._random = random.Random(seed)
 
     def __len__(self) -> int:
@@ -68,8 +68,8 @@ class Roster:
 
     def add(self, request: Request) -> SequenceState:
         """Let a request wait."""
-        sequence = self._new(request, self._next_number)
-        self._next_number += 1
+        sequence = self._new(request, self.next_number)
+        self.next_number += 1
         self.queue.push(sequence)
         return sequence
 
@@ -125,7 +125,7 @@ class Roster:
         """Begin again: what a sequence has computed builds on a step that failed."""
         if sequence.status is Status.RUNNING:
             self._requeue(sequence.row)
-        sequence.discards_awaited = sequence.num_awaited > 0
+        sequence.trusted_from = self.table.next_ticket
 
     def _requeue(self, row: int) -> SequenceState:
         table = self.table

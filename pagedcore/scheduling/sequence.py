@@ -76,8 +76,8 @@ class SequenceState:
     num_awaited: int = 0
     """Tokens still in flight when it was preempted: it is not resumed before (ASYNC-5)."""
 
-    discards_awaited: bool = False
-    """Those tokens are of no use: the step that they build on has failed."""
+    trusted_from: int = 0
+    """What comes from stays in the table with smaller tickets builds on a step that failed."""
 
     was_admitted: bool = False
     """It has had a row before, so look-ups and cached tokens are not counted again (KV-12)."""

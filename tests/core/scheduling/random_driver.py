@@ -1,0 +1,231 @@
+"""Drive schedulers with random operations, and check everything after each of them.
+
+    python tests/core/scheduling/random_driver.py --operations 100000 --seed 1
+
+Prints operations, tokens, blocks leaked, seed and seconds. A failure prints the world and the
+operation that it happened in; the same seed does the same again.
+"""
+
+import argparse
+import random
+import sys
+import time
+import traceback
+
+from pagedcore.request import RepetitionDetection, SamplingParams
+from pagedcore.testing.hash_model import Fault
+from pagedcore.testing.scheduler_world import World, WorldConfig
+
+OPERATIONS_PER_WORLD = 500
+POOL_SIZES = (8, 9, 10, 11, 12, 13, 14, 16, 24, 40)
+ENDLESS = 10**9
+
+
+def random_config(rng: random.Random) -> WorldConfig:
+    """A world in which prefixes are shared, memory is short and hashes collide."""
+    size = rng.choice([1, 2, 2, 3, 4])
+    num_seqs = rng.choice([1, 2, 3, 4, 4, 6])
+    windows = rng.choice([(None,)] * 4 + [(None, 3), (4,), (None, 5, 2)])
+    max_model_len = rng.choice([8, 12, 16, 24])
+    chunked = rng.random() < 0.8
+    budget = max(num_seqs, rng.choice([1, 7, 64, ENDLESS]))
+    return WorldConfig(
+        num_blocks=rng.choice(POOL_SIZES),
+        block_size=size,
+        max_num_seqs=num_seqs,
+        budget=budget if chunked else max(budget, max_model_len),
+        max_model_len=max_model_len,
+        windows=windows,
+        vocab_size=rng.choice([2, 3]),
+        depth=rng.choice([1, 2]),
+        prefix_caching=rng.random() < 0.85,
+        hash_bytes=rng.choice([None, 1]),
+        priorities=rng.random() < 0.3,
+        chunked=chunked,
+        threshold=rng.choice([0, 0, 0, 3]),
+        reserves_all=rng.random() < 0.8,
+        watermark=rng.choice([0.0, 0.0, 0.2]),
+    )
+
+
+class Driver:
+    """One world and the random numbers that move it."""
+
+    def __init__(self, rng: random.Random, config: WorldConfig) -> None:
+        self.rng = rng
+        self.world = World(config)
+        self.faulty = rng.random() < 0.5
+        self.operations = [
+            (self.advance, 60), (self.add, 12), (self.add_family, 3), (self.fork, 4),
+            (self.abort, 5), (self.preempt, 3), (self.add_oversized, 1), (self.add_again, 1),
+            (self.reset, 1), (self.evict, 1), (self.abort_unknown, 1), (self.change_budget, 1),
+        ]  # fmt: skip
+        self.weights = [weight for _, weight in self.operations]
+
+    def step(self) -> str:
+        """Do something; its name."""
+        [(operation, _)] = self.rng.choices(self.operations, self.weights)
+        operation()
+        return operation.__name__
+
+    def params(self) -> SamplingParams:
+        rng = self.rng
+        detection = RepetitionDetection(max_pattern_size=2, min_count=3)
+        most = rng.choice([1, 2, 3, 5, 8, 100])
+        return SamplingParams(
+            temperature=rng.choice([0.0, 0.0, 1.0]),
+            max_tokens=most,
+            min_tokens=min(most, rng.choice([0, 0, 2])),
+            seed=rng.choice([None, 7, -3]),
+            ignore_eos=rng.random() < 0.3,
+            stop_token_ids=rng.choice([(), (), (1,), (2, *range(5, 14))]),
+            logprobs=rng.choice([None, None, 1]),
+            prompt_logprobs=rng.choice([None, None, None, 1]),
+            skip_reading_prefix_cache=rng.random() < 0.05,
+            repetition_detection=rng.choice([None, None, detection]),
+        )
+
+    def new_request(self, length: int | None = None):
+        rng, world = self.rng, self.world
+        if length is None:
+            length = min(rng.choice([1, 2, 3, 4, 5, 6, 8, 10, 15, 20]), world._longest - 1)
+        family = rng.choice([0, 0, 1])  # many begin alike
+        prompt = [family] * (length - 1) + [rng.randrange(2)]
+        if rng.random() < 0.3:
+            prompt = [rng.randrange(2) for _ in range(length)]
+        return world.request(
+            prompt,
+            params=self.params(),
+            eos_token_id=rng.choice([-1, -1, 0, 2]),
+            priority=rng.randrange(3) if world.config.priorities else 0,
+            cache_salt=rng.choice([None, None, "a"]),
+        )
+
+    def add(self) -> None:
+        if len(self.world.live) < 12:
+            self.world.add(self.new_request())
+
+    def sibling(self, request, params=None):
+        other = self.world.request(
+            request.prompt_token_ids.tolist(), params=params or self.params(),
+            eos_token_id=request.eos_token_id, priority=request.priority,
+            cache_salt=request.cache_salt,
+        )  # fmt: skip
+        other.arrival_time = request.arrival_time
+        return other
+
+    def add_family(self) -> None:
+        if len(self.world.live) < 12:
+            first = self.new_request()
+            others = [self.sibling(first) for _ in range(self.rng.randint(1, 4))]
+            self.world.add(first, others)
+
+    def fork(self) -> None:
+        world = self.world
+        if not world.live or len(world.live) >= 12:
+            return
+        parent = world.live[self.rng.choice(list(world.live))]
+        children = [self.sibling(parent.request) for _ in range(self.rng.randint(1, 3))]
+        if all(c.params.max_tokens > len(parent.outputs) for c in children):
+            world.fork(parent.request.id, children)
+
+    def abort(self) -> None:
+        if self.world.live:
+            count = self.rng.choice([1, 1, 1, 3])
+            ids = list(self.world.live)
+            self.world.abort(self.rng.sample(ids, min(count, len(ids))))
+
+    def abort_unknown(self) -> None:
+        dead = self.rng.randint(1, self.world.next_id + 1)
+        if dead not in self.world.live:
+            self.world.abort([dead])
+
+    def preempt(self) -> None:
+        if self.world.live:
+            self.world.preempt(self.rng.choice(list(self.world.live)))
+
+    def add_oversized(self) -> None:
+        self.world.refuse(self.new_request(self.world._longest + self.rng.choice([0, 1, 50])))
+
+    def add_again(self) -> None:
+        if self.world.live:
+            request = self.new_request()
+            request.id = self.rng.choice(list(self.world.live))
+            self.world.refuse(request)
+
+    def reset(self) -> None:
+        self.world.reset_prefix_cache()
+
+    def evict(self) -> None:
+        self.world.evict_all()
+
+    def change_budget(self) -> None:
+        if self.world.config.chunked:
+            self.world.set_budget(self.rng.choice([1, 7, 64, ENDLESS]))
+
+    def advance(self) -> None:
+        world = self.world
+        if world.can_plan and (not world.in_flight or self.rng.random() < 0.7):
+            if not world.plan(self.fault) and world.in_flight:
+                world.finish()
+        else:
+            world.finish()
+
+    def fault(self, plan) -> Fault | None:
+        rng = self.rng
+        if not self.faulty or rng.random() > 0.06:
+            return None
+        if rng.random() < 0.4:
+            return Fault(before_anything=rng.random() < 0.5)
+        rows = rng.sample(plan.rows.tolist(), rng.randint(1, min(2, len(plan.rows))))
+        return Fault(rows=frozenset(rows))
+
+
+def run(operations: int, seed: int) -> tuple[int, int, int]:
+    """Run that many operations in a row of worlds: (worlds, tokens, blocks leaked)."""
+    done = worlds = tokens = leaked = 0
+    while done < operations:
+        rng = random.Random(f"{seed}/{worlds}")
+        config = random_config(rng)
+        name = "start"
+        count = 0
+        try:
+            driver = Driver(rng, config)
+            while count < min(OPERATIONS_PER_WORLD, operations - done):
+                name = "after " + name
+                name = driver.step()
+                count += 1
+            name = "drain"
+            driver.world.drain()
+        except Exception:
+            print(f"seed {seed}, world {worlds}, operation {done + count + 1} ({name}): {config}")
+            raise
+        pool = driver.world.scheduler._pool
+        leaked += pool.num_blocks - 1 - pool.num_free
+        tokens += driver.world.num_tokens
+        done += count
+        worlds += 1
+    return worlds, tokens, leaked
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--operations", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    started = time.perf_counter()
+    try:
+        worlds, tokens, leaked = run(args.operations, args.seed)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    seconds = time.perf_counter() - started
+    print(
+        f"operations {args.operations}  worlds {worlds}  tokens {tokens}  blocks leaked {leaked}  "
+        f"seed {args.seed}  seconds {seconds:.1f}"
+    )
+    return 1 if leaked else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
