@@ -28,7 +28,7 @@ from pagedcore.execution.ops import (
 )
 from pagedcore_kernels import activation, block_copy, norms, rope_cache
 from pagedcore_kernels import moe as experts
-from pagedcore_kernels.decode_attention import DecodeConfig, decode_attention, tile_size
+from pagedcore_kernels.decode_attention import DecodeConfig, decode_attention
 from pagedcore_kernels.extend_attention import (
     build_tile_list,
     choose_config,
@@ -144,15 +144,11 @@ class TritonOps:
                 scale,
                 cache.key,
                 cache.value,
-                table,
-                batch.rows[:num_single],
-                batch.context_len[:num_single],
                 self._work_list(cache, batch),
                 out[:num_single],
                 window=spec.window,
                 soft_cap=soft_cap,
-                num_warps=self._decode_config.num_warps,
-                num_stages=self._decode_config.num_stages,
+                config=self._decode_config,
             )
         if num_single < num_sequences:
             config = choose_config(spec.head_dim, qkv.dtype)
@@ -198,19 +194,22 @@ class TritonOps:
         return torch_sampling.sample(logits, sampling)
 
     def _work_list(self, cache: LayerCache, batch: StepBatch) -> WorkList:
-        """Shares of the step's single tokens: one list for all layers with equal keys."""
+        """Shares of the step's single tokens: one list for all layers of a cache group."""
         num_kv_heads, window = cache.spec.num_kv_heads, cache.spec.window
         shared: dict[Any, Any] = {} if batch.shared is None else batch.shared
-        key = ("work list", num_kv_heads, window, cache.block_size)
+        key = ("work list", cache.group, num_kv_heads, window, cache.block_size)
         if key not in shared:
             config = self._decode_config
             shared[key] = build_work_list(
                 batch.context_len[: batch.num_single],
-                num_kv_heads,
-                window,
-                tile_size(cache.block_size),
-                max(self._num_sms * config.programs_per_sm // num_kv_heads, 1),
-                config.min_share,
+                batch.rows[: batch.num_single],
+                batch.block_tables[cache.group],
+                num_kv_heads=num_kv_heads,
+                block_size=cache.block_size,
+                window=window,
+                max_context_len=batch.max_context_len,
+                programs=max(self._num_sms * config.programs_per_sm // num_kv_heads, 1),
+                min_share=config.min_share,
             )
         work: WorkList = shared[key]
         return work

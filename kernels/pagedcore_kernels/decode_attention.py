@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagedcore_kernels.work_list import WorkList, first_visible_tile
+from pagedcore_kernels.work_list import WorkList, tile_size
 
 LOG2_E = 1.4426950408889634
 MIN_ROWS = 16  # of a matrix product on tensor cores
@@ -95,6 +95,32 @@ def _merge(
 
 
 @triton.jit
+def _announce(
+    sequence,
+    pieces,
+    stats,
+    out,
+    tile_start,
+    arrivals,
+    share,
+    kv_head,
+    NUM_KV_HEADS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Count this program's piece of a split sequence; the last to arrive merges all of them."""
+    first = tl.load(tile_start + sequence) // share
+    last = (tl.load(tile_start + sequence + 1) - 1) // share
+    counter = arrivals + sequence * NUM_KV_HEADS + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel") == last - first:
+        tl.store(counter, 0)  # for the next layer
+        target = out + (sequence.to(tl.int64) * NUM_KV_HEADS + kv_head) * G * D
+        _merge(pieces, stats, target, first, last, kv_head, NUM_KV_HEADS, G, D, G_PAD, D_PAD)
+
+
+@triton.jit
 def _decode_kernel(
     query,
     key_cache,
@@ -104,20 +130,16 @@ def _decode_kernel(
     stats,
     header,
     tile_start,
-    first_sequence,
+    tiles,
     arrivals,
-    rows,
-    context_len,
-    block_table,
     query_stride,
-    block_table_stride,
     scale,
     soft_cap,
     NUM_KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
+    B: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     TILE: tl.constexpr,
     G_PAD: tl.constexpr,
@@ -126,88 +148,79 @@ def _decode_kernel(
 ):
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
+    share = tl.load(header + 1)
+    begin = program * share
+    end = tl.minimum(begin + share, tl.load(header))
+    if begin >= end:
+        return
     group = tl.arange(0, G_PAD)
     column = tl.arange(0, D_PAD)
-    position_in_tile = tl.arange(0, TILE)
+    position = tl.arange(0, TILE)
     inside = (group < G)[:, None] & (column < D)[None, :]
     in_head = (kv_head * G + group)[:, None] * D + column[None, :]
-    in_tile = position_in_tile[:, None] * D + column[None, :]
+    in_tile = position[:, None] * D + column[None, :]
 
-    share = tl.load(header + 1)
-    tile = program * share
-    end = tl.minimum(tile + share, tl.load(header))
-    sequence = tl.load(first_sequence + program)
-    while tile < end:
-        length = tl.load(context_len + sequence)
-        start = tl.load(tile_start + sequence)
-        stop = tl.load(tile_start + sequence + 1)
-        table = block_table + tl.load(rows + sequence).to(tl.int64) * block_table_stride
+    place = tl.load(tiles + begin * 2)
+    span = tl.load(tiles + begin * 2 + 1)
+    first = span >> 16
+    last = tl.load(tiles + end * 2 - 1) >> 16
+    is_open = tl.load(tile_start + first) < begin  # the first piece goes on from another share
+    is_cut = tl.load(tile_start + last + 1) > end  # the last piece goes on in another share
+    peak = tl.full([G_PAD], -1e30, tl.float32)
+    weight = tl.zeros([G_PAD], tl.float32)
+    total = tl.zeros([G_PAD, D_PAD], tl.float32)
+    for tile in range(begin, end):
+        sequence = span >> 16
+        begins = (span >> 15) & 1 != 0
+        ends = ((span >> 14) & 1 != 0) | (tile + 1 == end)
+        block = place // (B // TILE)
+        part = place % (B // TILE)
+        offset = ((block.to(tl.int64) * NUM_KV_HEADS + kv_head) * (B // TILE) + part) * (TILE * D)
+        visible = position < (span & 127)
+        if HAS_WINDOW:
+            visible &= position >= ((span >> 7) & 127)
+        loaded = visible[:, None] & (column < D)[None, :]
         source = query + sequence.to(tl.int64) * query_stride
         queries = tl.load(source + in_head, inside, 0.0)
-        first_tile = first_visible_tile(length, WINDOW, TILE)
-        piece_stop = tl.minimum(stop, end)
+        keys = tl.load(key_cache + offset + in_tile, loaded, 0.0)
+        values = tl.load(value_cache + offset + in_tile, loaded, 0.0)
+        place = tl.load(tiles + tile * 2 + 2, tile + 1 < end, 0)  # of the next tile
+        span = tl.load(tiles + tile * 2 + 3, tile + 1 < end, 0)
 
-        peak = tl.full([G_PAD], -1e30, tl.float32)
-        weight = tl.zeros([G_PAD], tl.float32)
-        total = tl.zeros([G_PAD, D_PAD], tl.float32)
-        for index in range(first_tile + tile - start, first_tile + piece_stop - start):
-            base = index * TILE
-            block = tl.load(table + base // BLOCK_SIZE).to(tl.int64)
-            offset = ((block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + base % BLOCK_SIZE) * D
-            position = base + position_in_tile
-            visible = position < length
-            if WINDOW > 0:
-                visible &= position >= length - WINDOW
-            loaded = visible[:, None] & (column < D)[None, :]
-            keys = tl.load(key_cache + offset + in_tile, loaded, 0.0)
-            values = tl.load(value_cache + offset + in_tile, loaded, 0.0)
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-            if HAS_SOFT_CAP:  # scale holds 2 / cap: tanh(x) = 2 * sigmoid(2x) - 1
-                scores = (2 * tl.sigmoid(scores) - 1) * soft_cap
-            scores = tl.where(visible[None, :], scores, -1e30)
-            new_peak = tl.maximum(peak, tl.max(scores, 1))
-            factor = tl.exp2(peak - new_peak)
-            probs = tl.exp2(scores - new_peak[:, None])
-            weight = weight * factor + tl.sum(probs, 1)
-            total = total * factor[:, None]
-            total = tl.dot(probs.to(values.dtype), values, total, input_precision=PRECISION)
-            peak = new_peak
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        if HAS_SOFT_CAP:  # scale holds 2 / cap: tanh(x) = 2 * sigmoid(2x) - 1
+            scores = (2 * tl.sigmoid(scores) - 1) * soft_cap
+        scores = tl.where(visible[None, :], scores, -1e30)
+        peak = tl.where(begins, -1e30, peak)
+        weight = tl.where(begins, 0.0, weight)
+        total = tl.where(begins, 0.0, total)
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        factor = tl.exp2(peak - new_peak)
+        probs = tl.exp2(scores - new_peak[:, None])
+        weight = weight * factor + tl.sum(probs, 1)
+        total = total * factor[:, None]
+        total = tl.dot(probs.to(values.dtype), values, total, input_precision=PRECISION)
+        peak = new_peak
 
-        target = out + sequence.to(tl.int64) * (NUM_KV_HEADS * G * D)
-        if (tile == start) & (piece_stop == stop):
-            tl.store(target + in_head, total / weight[:, None], inside)
-        else:
-            begins = (tile == start).to(tl.int32)
-            row = ((program * 2 + begins) * NUM_KV_HEADS + kv_head) * G + group
-            tl.store(stats + row * 2, peak, group < G)
-            tl.store(stats + row * 2 + 1, weight, group < G)
-            tl.store(pieces + row[:, None] * D + column[None, :], total, inside)
-            first = start // share
-            last = (stop - 1) // share
-            counter = arrivals + sequence * NUM_KV_HEADS + kv_head
-            tl.debug_barrier()  # all warps have stored before one thread announces it
-            if tl.atomic_add(counter, 1, sem="acq_rel") == last - first:
-                tl.store(counter, 0)  # for the next layer
-                _merge(
-                    pieces,
-                    stats,
-                    target + kv_head * G * D,
-                    first,
-                    last,
-                    kv_head,
-                    NUM_KV_HEADS,
-                    G,
-                    D,
-                    G_PAD,
-                    D_PAD,
-                )
-        tile = piece_stop
-        sequence += 1
+        if ends:
+            continues = is_open & (sequence == first)
+            if continues | (is_cut & (sequence == last)):
+                slot = program * 2 + (continues == 0).to(tl.int32)
+                piece = (slot * NUM_KV_HEADS + kv_head) * G + group
+                tl.store(stats + piece * 2, peak, group < G)
+                tl.store(stats + piece * 2 + 1, weight, group < G)
+                tl.store(pieces + piece[:, None] * D + column[None, :], total, inside)
+            else:
+                target = out + sequence.to(tl.int64) * (NUM_KV_HEADS * G * D)
+                tl.store(target + in_head, total / weight[:, None], inside)
 
-
-def tile_size(block_size: int) -> int:
-    """Positions that the kernel loads at once."""
-    return min(block_size, 64)
+    tl.debug_barrier()  # all warps have stored their part before one thread announces it
+    if is_open | (is_cut & (first == last)):
+        _announce(first, pieces, stats, out, tile_start, arrivals, share, kv_head,
+                  NUM_KV_HEADS, G, D, G_PAD, D_PAD)  # fmt: skip
+    if is_cut & (first != last):
+        _announce(last, pieces, stats, out, tile_start, arrivals, share, kv_head,
+                  NUM_KV_HEADS, G, D, G_PAD, D_PAD)  # fmt: skip
 
 
 def decode_attention(
@@ -216,24 +229,19 @@ def decode_attention(
     scale: float,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_table: Tensor,
-    rows: Tensor,
-    context_len: Tensor,
     work: WorkList,
     out: Tensor,
     *,
     window: int | None = None,
     soft_cap: float | None = None,
-    num_warps: int = 4,
-    num_stages: int = 3,
+    config: DecodeConfig,
 ) -> None:
     """Write the attention of S single tokens into out [S, H * D]; `work` is of the same step."""
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     group = num_heads // num_kv_heads
     assert group * num_kv_heads == num_heads
-    assert query.stride(1) == 1 and out.is_contiguous() and block_table.stride(1) == 1
+    assert query.stride(1) == 1 and out.is_contiguous()
     assert key_cache.is_contiguous() and value_cache.is_contiguous()
-    assert rows.is_contiguous() and context_len.is_contiguous()
     pieces = torch.empty(
         work.programs * 2 * num_heads * (head_dim + 2), dtype=torch.float32, device=query.device
     )
@@ -246,25 +254,21 @@ def decode_attention(
         pieces[work.programs * 2 * num_heads * head_dim :],
         work.header,
         work.tile_start,
-        work.first_sequence,
+        work.tiles,
         work.arrivals,
-        rows,
-        context_len,
-        block_table,
         query.stride(0),
-        block_table.stride(0),
         scale * LOG2_E if soft_cap is None else 2 * scale / soft_cap,
         0.0 if soft_cap is None else soft_cap * LOG2_E,
         NUM_KV_HEADS=num_kv_heads,
         G=group,
         D=head_dim,
-        BLOCK_SIZE=block_size,
-        WINDOW=window or 0,
+        B=block_size,
+        HAS_WINDOW=window is not None,
         HAS_SOFT_CAP=soft_cap is not None,
         TILE=tile_size(block_size),
         G_PAD=max(MIN_ROWS, triton.next_power_of_2(group)),
         D_PAD=triton.next_power_of_2(head_dim),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )

@@ -81,7 +81,7 @@ def is_compile_error(error: Exception) -> bool:
 
 
 class PlainOps(TorchOps):
-    """Plain torch over caches in the kernels' layout, [N, K, B, D] in place of [N, B, K, D]."""
+    """Plain torch over caches in the kernels' layout: keys and values, each [N, K, B, D]."""
 
     def rope_and_cache(
         self,
@@ -93,16 +93,16 @@ class PlainOps(TorchOps):
         batch: StepBatch,
     ) -> None:
         """See `Ops.rope_and_cache`."""
-        num_tokens = len(qkv)
-        written = self.new_cache(
-            cache.spec, 0, num_tokens, 1, cache.key.dtype, qkv.device
-        )  # a block for each token
+        num_tokens, spec = len(qkv), cache.spec
+        unread = self.new_cache(spec, 0, num_tokens, 1, qkv.dtype, qkv.device)
         own_slots = torch.arange(num_tokens, device=qkv.device)[None]
-        super().rope_and_cache(qkv, num_heads, rope, norm, written, replace(batch, slots=own_slots))
+        super().rope_and_cache(qkv, num_heads, rope, norm, unread, replace(batch, slots=own_slots))
+        heads = qkv.view(num_tokens, -1, spec.head_dim)
         slots = batch.slots[cache.group]
         block, offset = slots // cache.block_size, slots % cache.block_size
-        cache.key[block, :, offset] = written.key[:, 0]
-        cache.value[block, :, offset] = written.value[:, 0]
+        keys, values = heads[:, num_heads:].to(cache.key.dtype).chunk(2, 1)
+        cache.key[block, :, offset] = keys
+        cache.value[block, :, offset] = values
 
     def attention(
         self,
@@ -114,12 +114,46 @@ class PlainOps(TorchOps):
         soft_cap: float | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
-        return super().attention(qkv, num_heads, scale, _transposed(cache), batch, soft_cap)
+        spec = cache.spec
+        heads = qkv.view(len(qkv), -1, spec.head_dim)[:, :num_heads].transpose(0, 1)
+        out = torch.zeros_like(heads, memory_format=torch.contiguous_format)
+        starts, rows = batch.query_start.tolist(), batch.rows.tolist()
+        for index, length in enumerate(batch.context_len.tolist()):
+            tokens = slice(starts[index], starts[index + 1])
+            count = -(-length // cache.block_size)
+            blocks = batch.block_tables[cache.group, rows[index], :count].long()
+            keys, values = (
+                stored[blocks].to(qkv.dtype).transpose(0, 1).flatten(1, 2)[:, :length]
+                for stored in (cache.key, cache.value)
+            )
+            behind = batch.positions[tokens, None] - torch.arange(length, device=qkv.device)
+            visible = behind >= 0
+            if spec.window is not None:
+                visible &= behind < spec.window
+            out[:, tokens] = _attend(heads[:, tokens], keys, values, visible, scale, soft_cap)
+        return out.transpose(0, 1).flatten(1)
 
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
         """See `Ops.copy_blocks`."""
-        super().copy_blocks(_transposed(cache), copies)
+        for source, destination, count in copies.tolist():
+            for stored in (cache.key, cache.value):
+                stored[destination, :, :count] = stored[source, :, :count]
 
 
-def _transposed(cache: LayerCache) -> LayerCache:
-    return replace(cache, key=cache.key.transpose(1, 2), value=cache.value.transpose(1, 2))
+def _attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scale: float,
+    soft_cap: float | None,
+) -> Tensor:
+    """Queries [H, Q, D] over keys and values [K, L, D] where visible [Q, L]: [H, Q, D]."""
+    num_heads, num_tokens, head_dim = queries.shape
+    grouped = queries.unflatten(0, (len(keys), -1))
+    scores = torch.einsum("kgqd,kld->kgql", grouped, keys).float() * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    mixed = torch.einsum("kgql,kld->kgqd", weights.to(values.dtype), values)
+    return mixed.reshape(num_heads, num_tokens, head_dim)
