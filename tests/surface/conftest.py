@@ -183,7 +183,7 @@ class Running:
 
     def client(self, **options):
         """The official client."""
-        options = {"api_key": "none", "max_retries": 0, **options}
+        options = {"api_key": "none", "max_retries": 0, "timeout": 30, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def wait_ready(self):

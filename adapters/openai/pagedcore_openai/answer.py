@@ -14,6 +14,13 @@ from pagedcore.text.tokenizer import Tokenizer
 from pagedcore_openai.errors import ApiError
 
 
+MAX_QUEUED_TOKENS = 4096
+"""How far behind the reader of one choice may fall (STREAM-10)."""
+
+MAX_QUEUED_ENTRIES = 1 << 18
+"""The same for a whole request, where each log-probability counts as much as a token."""
+
+
 @dataclass(slots=True)
 class Piece:
     """What is new of one choice."""
@@ -149,6 +156,8 @@ class Answer:
             )
             for item in inputs
         ]
+        for generation in self._generations:
+            generation.max_queued_tokens = _max_queued_tokens(inputs)
         self._choices = [
             _Choice(
                 prompt * self.num_choices + index,
@@ -207,6 +216,13 @@ class Answer:
         """Abort what has not ended."""
         for generation in self._generations:
             generation.close()
+
+
+def _max_queued_tokens(inputs: Sequence[EngineInput]) -> int:
+    """How many tokens of a choice may wait to be read, so that a request's memory is bounded."""
+    params = inputs[0].params
+    entries_per_step = len(inputs) * params.n * (1 + max(0, params.logprobs or 0))
+    return max(256, min(MAX_QUEUED_TOKENS, MAX_QUEUED_ENTRIES // entries_per_step))
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, Chunk]]:

@@ -69,7 +69,8 @@ class Endpoints:
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}."""
         name = request.path_params["name"]
-        return JSONResponse(self._card(self._surface.check_model(name)))
+        self._surface.check_model(name)
+        return JSONResponse(self._card(name))
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: another task than the model's (HTTP-2)."""

@@ -100,13 +100,11 @@ class Surface:
         _ = self.inputs
 
     def check_model(self, name: str | None) -> str:
-        """The served name that a request means; raises ApiError 404 (HTTP-4)."""
+        """The name to report for the one that was asked for; raises ApiError 404 (HTTP-4)."""
         names = self.info.served_model_names
-        if not name:
-            return names[0]
-        if name not in names:
+        if name and name not in names:
             raise ApiError(404, f"The model `{name[:200]}` does not exist.", "model")
-        return name
+        return names[0]
 
     async def in_thread(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kw: Arguments.kwargs
