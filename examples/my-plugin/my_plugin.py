@@ -1,0 +1,59 @@
+"""A model of our own: attention and MLP side by side, both behind one norm.
+
+    x = x + attention(norm(x)) + mlp(norm(x))
+
+Everything that makes it fast comes from pagedcore: the paged cache, the kernels, the graphs.
+"""
+
+from torch import Tensor
+
+from pagedcore import hookimpl
+from pagedcore.execution.layers import Attention, Embedding, GatedMLP, Head, RMSNorm
+from pagedcore.execution.model import ModelBuild
+from pagedcore.execution.rope import make_rope
+
+pagedcore_requires = ">=1,<2"
+
+
+@hookimpl
+def pagedcore_models():
+    return {"ParallelForCausalLM": lambda: ParallelForCausalLM}
+
+
+class ParallelForCausalLM:
+    def __init__(self, build: ModelBuild) -> None:
+        config = build.config
+        h, heads = config["hidden_size"], config["num_attention_heads"]
+        head_dim, eps = h // heads, config["rms_norm_eps"]
+        rope = make_rope(
+            config, head_dim=head_dim, max_positions=build.max_positions, device=build.device
+        )
+        self.vocab_size = config["vocab_size"]
+        self.embedding = Embedding(build, "embedding", self.vocab_size, h)
+        self.layers = []
+        for i in range(config["num_hidden_layers"]):
+            norm = RMSNorm(build, f"layers.{i}.norm", h, eps)
+            attention = Attention(
+                build,
+                f"layers.{i}.attention",
+                h,
+                num_heads=heads,
+                num_kv_heads=config["num_key_value_heads"],
+                head_dim=head_dim,
+                rope=rope,
+            )
+            mlp = GatedMLP(build, f"layers.{i}.mlp", h, config["intermediate_size"])
+            self.layers.append((norm, attention, mlp))
+        self.norm = RMSNorm(build, "norm", h, eps)
+        self.head = Head(build, "head", self.vocab_size, h)
+        self.cache_specs = [attention.cache_spec for _, attention, _ in self.layers]
+
+    def forward(self, token_ids, batch, caches) -> Tensor:
+        x = self.embedding(token_ids)
+        for (norm, attention, mlp), cache in zip(self.layers, caches, strict=True):
+            normed = norm(x)
+            x = x + attention(normed, batch, cache) + mlp(normed)
+        return self.norm(x)
+
+    def logits(self, hidden) -> Tensor:
+        return self.head(hidden)
