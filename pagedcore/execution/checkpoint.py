@@ -164,7 +164,7 @@ class CheckpointTensors:
         self._stored = stored
         self._dtype = dtype
         self._reader = WeightReader(device, order)
-        self._sums: dict[str, Tensor] = {}
+        self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def has(self, name: str) -> bool:
         """See `Weights.has`."""
@@ -185,8 +185,8 @@ class CheckpointTensors:
         stored = self._stored[name]
         check_stored(name, stored, shape, dtype, dim)
         tensor = self._reader.read(stored).to(dtype)
-        if dtype in FLOATS.values():  # one NaN or infinity makes the sum one, or its negative
-            self._sums[name] = tensor.sum(dtype=torch.float32)
+        if dtype in FLOATS.values() and tensor.numel():
+            self._extremes[name] = torch.aminmax(tensor)  # one NaN makes both NaN
         return tensor
 
     def ignore(self, prefix: str) -> None:
@@ -199,10 +199,12 @@ class CheckpointTensors:
         noise, and the model into one that never ends.
         """
         self._reader.close()
-        if self._sums:
-            finite = torch.stack(list(self._sums.values())).isfinite().tolist()
-            bad = [name for name, good in zip(self._sums, finite, strict=True) if not good]
-            self._sums.clear()
+        if self._extremes:
+            names = list(self._extremes)
+            flat = [value.float() for pair in self._extremes.values() for value in pair]
+            finite = torch.stack(flat).isfinite().view(-1, 2).all(1).tolist()
+            self._extremes.clear()
+            bad = [name for name, good in zip(names, finite, strict=True) if not good]
             if bad:
                 raise ModelError(
                     f"the checkpoint has {len(bad)} tensors that hold NaN or infinity: "

@@ -130,11 +130,24 @@ def take_linear(
     """One matrix [out, in] in the model's type, and its bias [out], from its parts' names."""
     parts = list(zip(names, out_features, strict=True))
     matrices = [weights.take(f"{n}.weight", (rows, in_features), dim=dim) for n, rows in parts]
-    weight = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    weight = join_rows(matrices)
     if not bias:
         return weight, None
     share = 0 if dim == 0 else None
-    return weight, torch.cat([weights.take(f"{n}.bias", (rows,), dim=share) for n, rows in parts])
+    return weight, join_rows([weights.take(f"{n}.bias", (rows,), dim=share) for n, rows in parts])
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The parts below each other: torch.cat, for the device "meta" too.
+
+    There, torch would first load its compiler, which takes seconds of every start.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].is_meta:
+        rows = sum(len(part) for part in parts)
+        return torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype, device="meta")
+    return torch.cat(list(parts))
 
 
 def take_experts(

@@ -37,7 +37,6 @@ def make_rope(
     model = ConfigFields(config)
     scaling = model.section("rope_parameters") or model.section("rope_scaling")
     scaling = scaling or ConfigFields({}, "rope_scaling.")
-    kind = scaling.choice("rope_type" if scaling.has("rope_type") else "type", TYPES, "default")
     theta = scaling.number("rope_theta", model.number("rope_theta", theta))
     if theta <= 1:
         raise model.error("rope_theta", "must be more than 1")
@@ -45,12 +44,23 @@ def make_rope(
     dim = int(head_dim * part)
     if dim % 2 or not 0 < dim <= head_dim:
         raise model.error("partial_rotary_factor", f"must give an even part of {head_dim} elements")
-
     if max_positions > MAX_POSITIONS:
         raise model.error(
             "max_position_embeddings", f"must be at most {MAX_POSITIONS}, or max_model_len be set"
         )
+    if device.type == "meta":
+        # Check the settings without a position. Operations on meta would load torch's compiler.
+        _cos_sin(torch.empty(0), model, scaling, theta, dim)
+        return RopeTable(torch.empty(max_positions, dim, device=device))
     positions = torch.arange(max_positions, dtype=torch.float32, device=device)
+    return RopeTable(_cos_sin(positions, model, scaling, theta, dim))
+
+
+def _cos_sin(
+    positions: Tensor, model: ConfigFields, scaling: ConfigFields, theta: float, dim: int
+) -> Tensor:
+    """Cosines and sines [P, D] for positions [P] float32."""
+    kind = scaling.choice("rope_type" if scaling.has("rope_type") else "type", TYPES, "default")
     amplitude = 1.0
     if kind == "dynamic":
         trained = model.size("max_position_embeddings")
@@ -66,9 +76,9 @@ def make_rope(
             factor = scaling.number("factor", model.size("max_position_embeddings") / trained)
             frequencies = _yarn(frequencies, scaling, theta, factor, trained)
             amplitude = _yarn_amplitude(scaling, factor)
-        angles = torch.outer(positions, frequencies.to(device))
+        angles = torch.outer(positions, frequencies.to(positions.device))
     cos_sin = torch.cat([angles.cos(), angles.sin_()], 1)
-    return RopeTable(cos_sin if amplitude == 1.0 else cos_sin.mul_(amplitude))
+    return cos_sin if amplitude == 1.0 else cos_sin.mul_(amplitude)
 
 
 def _trained_length(model: ConfigFields, scaling: ConfigFields) -> int:

@@ -35,7 +35,7 @@ class _Piece:
 
 @dataclass(slots=True)
 class _Buffer:
-    """Page-locked memory, and the last copy out of it."""
+    """Memory that one thread fills at a time, and the last copy out of it."""
 
     memory: Tensor
     copied: torch.Event | None = None
@@ -47,8 +47,17 @@ class WeightReader:
     On a GPU a tensor that `read` returns may still be on its way; work on the current stream waits.
     """
 
-    def __init__(self, device: torch.device, order: Collection[StoredTensor]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        order: Collection[StoredTensor],
+        *,
+        ahead: bool | None = None,
+    ) -> None:
+        """`ahead` reads through buffers, ahead of what is asked for; by default on GPUs."""
         self._device = device
+        self._locked = device.type == "cuda"
+        self._reads_ahead = self._locked if ahead is None else ahead
         self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "read-weights")
         self._order = list(order)
         self._place = {tensor: i for i, tensor in enumerate(self._order)}
@@ -62,7 +71,7 @@ class WeightReader:
         Raises ModelError when the file is shorter than its header was checked against.
         """
         target = torch.empty(tensor.num_bytes, dtype=torch.uint8, device=self._device)
-        if self._device.type == "cuda":
+        if self._reads_ahead:
             self._read_staged(tensor, target)
         else:
             jobs = [self._fill(piece, target[piece.begin : piece.end]) for piece in _split(tensor)]
@@ -81,7 +90,8 @@ class WeightReader:
 
     def _read_staged(self, tensor: StoredTensor, target: Tensor) -> None:
         if not self._filling and not self._free:
-            buffers = torch.empty(NUM_BUFFERS, PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+            shape = (NUM_BUFFERS, PIECE_BYTES)
+            buffers = torch.empty(shape, dtype=torch.uint8, pin_memory=self._locked)
             self._free.extend(_Buffer(memory) for memory in buffers)
         for wanted in _split(tensor):
             if not self._filling or self._filling[0][0] != wanted:
@@ -90,7 +100,8 @@ class WeightReader:
             job.result()
             size = piece.end - piece.begin
             target[piece.begin : piece.end].copy_(buffer.memory[:size], non_blocking=True)
-            buffer.copied = torch.cuda.current_stream().record_event()
+            if self._locked:
+                buffer.copied = torch.cuda.current_stream(self._device).record_event()
             self._free.append(buffer)
             self._fill_free()
 
