@@ -240,7 +240,8 @@ class Ops(Protocol):
 
         The first index whose cumulative probability, over the tokens that the filters keep,
         exceeds `uniform`; so the same uniform gives the same token on every backend, up to
-        rounding. Filters run in the order of SAMPLE-5: temperature, min_p, top-k, top-p. A row that
-        holds NaN gives, with temperature 0, the token of one of them, so that it can be seen there.
+        rounding. Filters run in the order of SAMPLE-5: temperature, min_p, top-k, top-p. A row
+        whose largest logit is not finite, where NaN counts as the largest of all, gives the token
+        of that logit, whatever its temperature: so it can be seen there.
         """
         ...

@@ -161,12 +161,11 @@ class Sampler:
             history = History(tokens_table, rows_device, num_known, longest)
             self._edits.apply(edited, rows, history)
         tokens = self._ops.sample(edited, sampling)
-        largest = _largest(edited, tokens, sampling.all_greedy)
         logprobs = None
         if batch.wanted is not None:
             scored = logits if self._is_raw else edited
             logprobs = self._logprobs(scored, tokens, sampling, batch.wanted)
-        return Drawn(tokens, ~largest.isfinite(), logprobs)
+        return Drawn(tokens, _is_bad(edited, tokens), logprobs)
 
     def draw_by_row(
         self, logits: Tensor, rows: Tensor, num_known: Tensor, *, all_greedy: bool, any_filter: bool
@@ -179,7 +178,7 @@ class Sampler:
         if not all_greedy:
             sampling.uniform = uniform(seeds, num_known)
         tokens = self._ops.sample(logits, sampling)
-        return Drawn(tokens, ~_largest(logits, tokens, all_greedy).isfinite(), None)
+        return Drawn(tokens, _is_bad(logits, tokens), None)
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, k: int) -> list[TokenLogprobs]:
         """Log-probabilities at N prompt positions, before any edit or filter. Waits for the device.
@@ -238,9 +237,9 @@ class Sampler:
         return scores.log_softmax(-1) if self._is_normalised else scores
 
 
-def _largest(logits: Tensor, tokens: Tensor, all_greedy: bool) -> Tensor:
-    """The largest of each row [S, V]. What greedy drew is it; looking again would read it all."""
-    return logits.gather(1, tokens[:, None])[:, 0] if all_greedy else logits.amax(-1)
+def _is_bad(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Whether the largest of each row [S, V] is not finite; `Ops.sample` draws it then."""
+    return ~logits.gather(1, tokens[:, None])[:, 0].isfinite()
 
 
 def _pick(sampling: SamplingTensors, index: Tensor) -> SamplingTensors:

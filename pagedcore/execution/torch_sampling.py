@@ -23,8 +23,7 @@ _BLOCK = 128
 def sample(logits: Tensor, sampling: SamplingTensors) -> Tensor:
     """Draw one token from each row of logits [S, V], in any float type: int64 [S].
 
-    See `pagedcore.execution.ops.Ops.sample`. A row whose largest logit is not finite gives some
-    token in range; whoever draws must look for such rows.
+    See `pagedcore.execution.ops.Ops.sample`.
     """
     if sampling.all_greedy:
         return _argmax(logits)
@@ -32,7 +31,9 @@ def sample(logits: Tensor, sampling: SamplingTensors) -> Tensor:
     drawn = _search(scores, sampling.uniform)
     if tokens is not None:
         drawn = tokens.gather(1, drawn[:, None])[:, 0]
-    return torch.where(sampling.temperature == 0, _argmax(logits), drawn)
+    largest = _argmax(logits)
+    is_bad = ~logits.gather(1, largest[:, None])[:, 0].isfinite()
+    return torch.where((sampling.temperature == 0) | is_bad, largest, drawn)
 
 
 def filter_scores(logits: Tensor, sampling: SamplingTensors) -> Tensor:
