@@ -26,12 +26,12 @@ from pagedcore.execution.ops import (
     SamplingTensors,
     StepBatch,
 )
-from pagedcore_kernels import activation, block_copy, norms, rope_cache
+from pagedcore_kernels import activation, block_copy, decode_rows, norms, rope_cache
 from pagedcore_kernels import moe as experts
-from pagedcore_kernels.decode_attention import DecodeConfig, decode_attention
+from pagedcore_kernels.decode_attention import DecodeConfig, choose_decode, decode_attention
 from pagedcore_kernels.extend_attention import (
     build_tile_list,
-    choose_config,
+    choose_extend,
     extend_attention,
 )
 from pagedcore_kernels.fallback import PlainOps, with_fallback
@@ -52,12 +52,30 @@ class TritonOps:
         self.replaced: set[str] = set()
         self.plain: Ops = PlainOps(device)
         self.supports_graphs = self.device.type == "cuda"
-        self._num_sms = _num_sms(self.device)
-        self._decode_config = DecodeConfig()
+        self._num_sms, self._shared_memory = _size_of(self.device)
 
     def begin_step(self, batch: StepBatch) -> None:
         """See `Ops.begin_step`."""
         batch.shared = {}
+
+    @with_fallback
+    def decode_inputs(
+        self,
+        tokens: Tensor,
+        block_tables: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        block_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Ops.decode_inputs`."""
+        return decode_rows.decode_inputs(tokens, block_tables, rows, positions, block_size)
+
+    @with_fallback
+    def advance_rows(
+        self, drawn: Tensor, logits: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor
+    ) -> Tensor:
+        """See `Ops.advance_rows`."""
+        return decode_rows.advance_rows(drawn, logits, tokens, rows, positions)
 
     def pack_linear(self, weight: Tensor) -> Tensor:
         """See `Ops.pack_linear`."""
@@ -132,41 +150,44 @@ class TritonOps:
     ) -> Tensor:
         """See `Ops.attention`."""
         num_tokens, num_single = len(qkv), batch.num_single
-        num_sequences = len(batch.rows)
-        spec, table = cache.spec, batch.block_tables[cache.group]
+        spec = cache.spec
         out = torch.empty(
             (num_tokens, num_heads * spec.head_dim), dtype=qkv.dtype, device=qkv.device
         )
         if num_single:
+            decode = choose_decode(
+                spec.head_dim, cache.key.dtype, cache.block_size, self._shared_memory
+            )
             decode_attention(
                 qkv[:num_single],
                 num_heads,
                 scale,
                 cache.key,
                 cache.value,
-                self._work_list(cache, batch),
+                self._work_list(cache, batch, decode),
                 out[:num_single],
                 window=spec.window,
                 soft_cap=soft_cap,
-                config=self._decode_config,
+                config=decode,
             )
-        if num_single < num_sequences:
-            config = choose_config(spec.head_dim, qkv.dtype)
+        if num_single < len(batch.rows):
+            group = num_heads // spec.num_kv_heads
+            extend = choose_extend(spec.head_dim, qkv.dtype, group, self._shared_memory)
             extend_attention(
                 qkv,
                 num_heads,
                 scale,
                 cache.key,
                 cache.value,
-                table,
+                batch.block_tables[cache.group],
                 batch.query_start[num_single:],
                 batch.rows[num_single:],
                 batch.context_len[num_single:],
-                _tile_list(config.queries * spec.num_kv_heads // num_heads, num_tokens, batch),
+                _tile_list(extend.queries // group, num_tokens, batch),
                 out,
                 window=spec.window,
                 soft_cap=soft_cap,
-                config=config,
+                config=extend,
             )
         return out
 
@@ -193,19 +214,19 @@ class TritonOps:
         """See `Ops.sample`."""
         return torch_sampling.sample(logits, sampling)
 
-    def _work_list(self, cache: LayerCache, batch: StepBatch) -> WorkList:
+    def _work_list(self, cache: LayerCache, batch: StepBatch, config: DecodeConfig) -> WorkList:
         """Shares of the step's single tokens: one list for all layers of a cache group."""
         num_kv_heads, window = cache.spec.num_kv_heads, cache.spec.window
         shared: dict[Any, Any] = {} if batch.shared is None else batch.shared
-        key = ("work list", cache.group, num_kv_heads, window, cache.block_size)
+        key = ("work list", cache.group, num_kv_heads, window, config)
         if key not in shared:
-            config = self._decode_config
             shared[key] = build_work_list(
                 batch.context_len[: batch.num_single],
                 batch.rows[: batch.num_single],
                 batch.block_tables[cache.group],
                 num_kv_heads=num_kv_heads,
                 block_size=cache.block_size,
+                tile=config.tile,
                 window=window,
                 max_context_len=batch.max_context_len,
                 programs=max(self._num_sms * config.programs_per_sm // num_kv_heads, 1),
@@ -226,9 +247,10 @@ def _tile_list(tokens: int, num_tokens: int, batch: StepBatch) -> Tensor:
     return tiles
 
 
-def _num_sms(device: torch.device) -> int:
+def _size_of(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program can have on one."""
     if triton.knobs.runtime.interpret and device.type == "cpu":
-        return 4
+        return 4, 1 << 17
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ConfigError(
             f"the backend 'triton' needs an NVIDIA GPU, and the device is {str(device)!r}: "
@@ -241,4 +263,6 @@ def _num_sms(device: torch.device) -> int:
             f"the backend 'triton' needs compute capability {needed} or later, and "
             f"{torch.cuda.get_device_name(device)} has {found}: choose backend='torch'."
         )
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    facts = torch.cuda.get_device_properties(device)
+    limit: int = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs
+    return facts.multi_processor_count, limit

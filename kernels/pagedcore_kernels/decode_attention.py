@@ -28,31 +28,51 @@ beside that. At 4 * H * D operations a position the tensor cores are far from bu
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagedcore_kernels.work_list import WorkList, tile_size
+from pagedcore_kernels.work_list import WorkList
 
 LOG2_E = 1.4426950408889634
 MIN_ROWS = 16  # of a matrix product on tensor cores
+TILE_BYTES = 16384  # of keys, and of values: many tiles in flight matter more than large ones
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How the decode kernel is launched."""
 
-    num_warps: int = 4
-    num_stages: int = 3
+    tile: int
+    """Positions in a tile: a block, or a part of one."""
+
+    num_warps: int
+
+    num_stages: int
     """Tiles in flight or in use."""
 
-    programs_per_sm: int = 2
+    programs_per_sm: int
     """Programs that are resident together; more would wait for a second wave."""
 
     min_share: int = 4
     """Tiles that a program takes at least. Small: more parallel. Large: fewer merges."""
+
+
+@cache
+def choose_decode(
+    head_dim: int, dtype: torch.dtype, block_size: int, shared_memory: int
+) -> DecodeConfig:
+    """What fits multiprocessors of `shared_memory` bytes: two programs with two tiles in flight."""
+    row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
+    tile = min(block_size, 64, max(TILE_BYTES // row_bytes, 16))
+    for num_stages in (3, 2):
+        needed = (num_stages - 1) * (2 * tile + MIN_ROWS) * row_bytes + 10 * 1024
+        if 2 * needed <= shared_memory:
+            return DecodeConfig(tile, 4, num_stages, programs_per_sm=2)
+    return DecodeConfig(tile, 4, 2, programs_per_sm=1)
 
 
 @triton.jit
@@ -265,7 +285,7 @@ def decode_attention(
         B=block_size,
         HAS_WINDOW=window is not None,
         HAS_SOFT_CAP=soft_cap is not None,
-        TILE=tile_size(block_size),
+        TILE=config.tile,
         G_PAD=max(MIN_ROWS, triton.next_power_of_2(group)),
         D_PAD=triton.next_power_of_2(head_dim),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

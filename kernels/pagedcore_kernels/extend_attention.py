@@ -32,6 +32,7 @@ L2 cache: 128 rows make that about 128 operations a byte, so the tensor cores ar
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -41,28 +42,39 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ExtendConfig:
     """How the extend kernel is launched."""
 
-    queries: int = 128
+    queries: int
     """Rows of a program; tokens times the heads that share keys."""
 
-    keys: int = 64
+    keys: int
     """Positions in a tile."""
 
-    num_warps: int = 8
-    num_stages: int = 3
+    num_warps: int
+
+    num_stages: int
     """Tiles in flight or in use."""
 
 
-def choose_config(head_dim: int, dtype: torch.dtype) -> ExtendConfig:
-    """What the kernel runs best with, within the registers and shared memory of any device."""
+_FAST = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (64, 16, 4, 1))
+_EXACT = ((32, 32, 4, 1), (16, 16, 4, 1))  # float32 has no use for tensor cores
+
+
+@cache
+def choose_extend(
+    head_dim: int, dtype: torch.dtype, group: int, shared_memory: int
+) -> ExtendConfig:
+    """The best that fits `shared_memory` bytes per program, for `group` heads that share keys."""
+    row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
     if dtype == torch.float32:
-        return ExtendConfig(queries=64, keys=32, num_warps=4, num_stages=1)
-    if head_dim > 128:
-        return ExtendConfig(queries=64, keys=32, num_warps=4, num_stages=2)
-    return ExtendConfig()
+        shared_memory = min(shared_memory, 1 << 16)  # larger tiles spill, and compile for minutes
+    for queries, keys, num_warps, num_stages in _EXACT if dtype == torch.float32 else _FAST:
+        needed = (queries + 2 * keys * num_stages) * row_bytes
+        if needed <= shared_memory and queries >= group:
+            return ExtendConfig(queries, keys, num_warps, num_stages)
+    return ExtendConfig(max(16, triton.next_power_of_2(group)), 16, 4, 1)
 
 
 @triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["query_start"])

@@ -116,11 +116,6 @@ def _work_list_kernel(
         tl.store(arrivals + sequence * NUM_KV_HEADS + base + lane, 0, base + lane < NUM_KV_HEADS)
 
 
-def tile_size(block_size: int) -> int:
-    """Positions in a tile: a block, or a part of a large one."""
-    return min(block_size, 64)
-
-
 def build_work_list(
     context_len: Tensor,
     rows: Tensor,
@@ -128,6 +123,7 @@ def build_work_list(
     *,
     num_kv_heads: int,
     block_size: int,
+    tile: int,
     window: int | None,
     max_context_len: int,
     programs: int,
@@ -138,8 +134,12 @@ def build_work_list(
     No share is smaller than `min_share` tiles, which keeps short contexts in one piece.
     """
     num_sequences, device = context_len.shape[0], context_len.device
-    tile = tile_size(block_size)
-    assert tile <= MAX_TILE and num_sequences <= MAX_SEQUENCES and block_table.stride(1) == 1
+    assert (
+        tile <= MAX_TILE
+        and block_size % tile == 0
+        and num_sequences <= MAX_SEQUENCES
+        and block_table.stride(1) == 1
+    )
     assert context_len.is_contiguous() and rows.is_contiguous()
     most = triton.cdiv(max(max_context_len, 1), tile)
     if window is not None:
