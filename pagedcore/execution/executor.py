@@ -122,7 +122,7 @@ class Executor:
         self._graphs: DecodeGraphs | None = None
         if self.overlaps and ops.supports_graphs and not config.execution.enforce_eager:
             self._graphs = DecodeGraphs(
-                self._decode, self._state, max_num_seqs=max_num_seqs, block_size=block_size
+                self._decode, ops, self._state, max_num_seqs=max_num_seqs, block_size=block_size
             )
         self._results: list[Tensor] = []
         if self.overlaps:
@@ -216,18 +216,19 @@ class Executor:
 
     def _decode(
         self, token_ids: Tensor, batch: StepBatch, rows: Tensor, num_known: Tensor, kind: DrawKind
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """What a graph holds: see `graphs.DecodeStep`."""
         self._ops.begin_step(batch)
         hidden = self._model.forward(token_ids, batch, self._caches)
+        logits = self._model.logits(hidden)
         drawn = self._sampler.draw_by_row(
-            self._model.logits(hidden),
+            logits,
             rows,
             num_known,
             all_greedy=kind is DrawKind.GREEDY,
             any_filter=kind is DrawKind.FILTERED,
         )
-        return _marked(drawn)
+        return drawn, logits
 
     # All other steps
 

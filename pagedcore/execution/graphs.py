@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagedcore.execution.batch import slots_of
 from pagedcore.execution.device_state import DeviceState
 from pagedcore.execution.logits import upload
-from pagedcore.execution.ops import StepBatch
+from pagedcore.execution.ops import Ops, StepBatch
 from pagedcore.step import Int32, Int64, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -40,8 +39,8 @@ class DecodeStep(Protocol):
 
     def __call__(
         self, token_ids: Tensor, batch: StepBatch, rows: Tensor, num_known: Tensor, kind: DrawKind
-    ) -> Tensor:
-        """int64 [N]: tokens, or -1 - token where the logits were not finite."""
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [N], and the logits [N, V] they were drawn from."""
         ...
 
 
@@ -57,9 +56,16 @@ class DecodeGraphs:
     """Runs pure decode steps. `step` is what one consists of; `max_num_seqs` is the largest N."""
 
     def __init__(
-        self, step: DecodeStep, state: DeviceState, *, max_num_seqs: int, block_size: int
+        self,
+        step: DecodeStep,
+        ops: Ops,
+        state: DeviceState,
+        *,
+        max_num_seqs: int,
+        block_size: int,
     ) -> None:
         self._step = step
+        self._ops = ops
         self._state = state
         self._block_size = block_size
         self._sizes = bucket_sizes(max_num_seqs)
@@ -69,6 +75,7 @@ class DecodeGraphs:
             (max_num_seqs,), state.padding_row, dtype=torch.int64, device=device
         )
         self._positions = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._query_start = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._last: Int32 | None = None
         self._num_filled = 0
@@ -82,7 +89,7 @@ class DecodeGraphs:
     def run(self, plan: StepPlan, kind: DrawKind) -> Tensor | None:
         """Start a step in which every sequence runs one token and draws one; None: not captured.
 
-        Returns int64 [S] on the device, valid until the next step: see `DecodeStep`.
+        Returns int64 [S] on the device, valid until the next step: see `Ops.advance_rows`.
         """
         num_seqs = len(plan.rows)
         key = (self._bucket_of[num_seqs - 1], kind)
@@ -144,24 +151,23 @@ class DecodeGraphs:
         return graph
 
     def _run_once(self, size: int, kind: DrawKind) -> None:
-        state = self._state
+        state, ops = self._state, self._ops
         rows, positions = self._rows[:size], self._positions[:size]
-        is_real = rows != state.padding_row
         num_known = positions + 1
+        token_ids, rows_int32, context_len, slots = ops.decode_inputs(
+            state.tokens, state.block_tables, rows, positions, self._block_size
+        )
         batch = StepBatch(
             positions=positions,
-            rows=rows.int(),
-            query_start=torch.arange(size + 1, dtype=torch.int32, device=rows.device),
-            context_len=(num_known * is_real).int(),
+            rows=rows_int32,
+            query_start=self._query_start[: size + 1],
+            context_len=context_len,
             block_tables=state.block_tables,
-            slots=slots_of(state.block_tables, rows, positions, self._block_size),
+            slots=slots,
             num_single=size,
             max_query_len=1,
             max_context_len=state.tokens.shape[1] - 1,
         )
-        token_ids = state.tokens[rows, positions].long()
-        drawn = self._step(token_ids, batch, rows, num_known, kind)
-        self._drawn[:size].copy_(drawn)
-        tokens = torch.where(drawn < 0, -1 - drawn, drawn)
-        state.tokens[rows, num_known] = tokens.int()
-        positions.add_(is_real)
+        drawn, logits = self._step(token_ids, batch, rows, num_known, kind)
+        marked = ops.advance_rows(drawn, logits, state.tokens, rows, positions)
+        self._drawn[:size].copy_(marked)

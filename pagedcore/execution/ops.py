@@ -146,6 +146,33 @@ class Ops(Protocol):
         """
         ...
 
+    def decode_inputs(
+        self,
+        tokens: Tensor,
+        block_tables: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        block_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a step in which every sequence runs one token begins with, out of its rows' state.
+
+        tokens [R, L] int32 by row, block_tables [G, R, M] int32, rows and positions [S] int64. The
+        last of the R rows is padding. Returns token ids [S] int64, rows [S] int32, context lengths
+        [S] int32 (positions + 1, and 0 for padding), and slots [G, S] int64.
+        """
+        ...
+
+    def advance_rows(
+        self, drawn: Tensor, logits: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor
+    ) -> Tensor:
+        """What such a step ends with: each token takes its place, and each row moves on by one.
+
+        drawn [S] int64 comes from logits [S, V]. Writes tokens[row, position + 1], and adds 1 to
+        the positions of rows that are not padding. Returns int64 [S]: the tokens, or -1 - token
+        where the token's logit is not finite.
+        """
+        ...
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] times a packed weight [out, in], plus bias [out]: [T, out] in x's dtype."""
         ...

@@ -87,6 +87,8 @@ class Sampler:
         self._edits = LogitEdits(vocab_size=vocab_size, device=device)
         # [5, R] temperature, min_p and top_p as bits of a float64; top_k; seed
         self._state = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
+        self._zeros = torch.zeros(num_rows, device=device)
+        self._ones = torch.ones(num_rows, device=device)
         self._is_greedy = np.ones(num_rows, np.bool_)
         self._is_filtered = np.zeros(num_rows, np.bool_)
         self._is_edited = np.zeros(num_rows, np.bool_)
@@ -169,16 +171,16 @@ class Sampler:
 
     def draw_by_row(
         self, logits: Tensor, rows: Tensor, num_known: Tensor, *, all_greedy: bool, any_filter: bool
-    ) -> Drawn:
-        """The same for rows [S] int64 that only the device knows, as in graphs.
+    ) -> Tensor:
+        """Tokens int64 [S] for rows [S] int64 that only the device knows, as in graphs.
 
         They must be rows that `is_plain`; `all_greedy` and `any_filter` say what they may hold.
         """
+        if all_greedy:
+            return self._ops.sample(logits, self._greedy(len(rows)))
         sampling, seeds = self._sampling(rows, all_greedy, any_filter)
-        if not all_greedy:
-            sampling.uniform = uniform(seeds, num_known)
-        tokens = self._ops.sample(logits, sampling)
-        return Drawn(tokens, _is_bad(logits, tokens), None)
+        sampling.uniform = uniform(seeds, num_known)
+        return self._ops.sample(logits, sampling)
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, k: int) -> list[TokenLogprobs]:
         """Log-probabilities at N prompt positions, before any edit or filter. Waits for the device.
@@ -220,6 +222,19 @@ class Sampler:
             any_filter=any_filter,
         )
         return sampling, columns[4]
+
+    def _greedy(self, num_rows: int) -> SamplingTensors:
+        """Parameters that take the most likely token, without a kernel to make them."""
+        zeros, ones = self._zeros[:num_rows], self._ones[:num_rows]
+        return SamplingTensors(
+            temperature=zeros,
+            min_p=zeros,
+            top_k=zeros.view(torch.int32),
+            top_p=ones,
+            uniform=zeros,
+            all_greedy=True,
+            any_filter=False,
+        )
 
     def _logprobs(
         self, logits: Tensor, tokens: Tensor, sampling: SamplingTensors, wanted: _Wanted

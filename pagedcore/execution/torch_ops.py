@@ -31,6 +31,33 @@ class TorchOps:
         """See `Ops.begin_step`."""
         batch.shared = {}
 
+    def decode_inputs(
+        self,
+        tokens: Tensor,
+        block_tables: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        block_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Ops.decode_inputs`."""
+        block = block_tables[:, rows, positions // block_size].long()
+        context_len = (positions + 1) * (rows != len(tokens) - 1)
+        return (
+            tokens[rows, positions].long(),
+            rows.int(),
+            context_len.int(),
+            block * block_size + positions % block_size,
+        )
+
+    def advance_rows(
+        self, drawn: Tensor, logits: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor
+    ) -> Tensor:
+        """See `Ops.advance_rows`."""
+        tokens[rows, positions + 1] = drawn.int()
+        positions += rows != len(tokens) - 1
+        is_good = logits.gather(1, drawn[:, None])[:, 0].isfinite()
+        return torch.where(is_good, drawn, -1 - drawn)
+
     def pack_linear(self, weight: Tensor) -> Tensor:
         """See `Ops.pack_linear`."""
         return weight
