@@ -77,25 +77,6 @@ class TritonOps:
         """See `Ops.advance_rows`."""
         return decode_rows.advance_rows(drawn, logits, tokens, rows, positions)
 
-    @with_fallback
-    def decode_inputs(
-        self,
-        tokens: Tensor,
-        block_tables: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        block_size: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See `Ops.decode_inputs`."""
-        return decode_rows.decode_inputs(tokens, block_tables, rows, positions, block_size)
-
-    @with_fallback
-    def advance_rows(
-        self, drawn: Tensor, logits: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor
-    ) -> Tensor:
-        """See `Ops.advance_rows`."""
-        return decode_rows.advance_rows(drawn, logits, tokens, rows, positions)
-
     def pack_linear(self, weight: Tensor) -> Tensor:
         """See `Ops.pack_linear`."""
         return weight
