@@ -4,9 +4,11 @@ ops.py             Ops: the operations that models are made of
 torch_ops.py       TorchOps: each of them in plain torch, the CPU's path and the specification
 model.py           Model, Weights, ModelBuild: what a model plugin sees
 layers.py          the layers that models are written with
+config_fields.py   fields of a config.json, checked
 rope.py            rotary angles, by the name of their scaling
 quantizer.py       Quantizer: how a weight format stores and multiplies; and the unquantized one
 checkpoint.py      Checkpoint: a folder's safetensors as Weights, checked before anything is read
+safetensors_file.py, weight_reader.py   a file's header, and its tensors on the way to a device
 random_weights.py  RandomWeights: `load_format=dummy`
 devices.py         which device, in what type
 memory.py          how many blocks the cache gets

@@ -1,0 +1,47 @@
+"""Tokens on a GPU are those of plain torch there, with graphs and without, alone and together."""
+
+import pytest
+import torch
+
+from pagedcore import LLM, SamplingParams
+from pagedcore.testing.tiny_models import save_tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+
+FAMILIES = {
+    "llama": {"head_dim": 64, "tie_word_embeddings": True},
+    "mistral": {"head_dim": 64, "sliding_window": 20},
+    "qwen2": {"hidden_size": 256, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"head_dim": 64},
+    "qwen3_moe": {"head_dim": 64},
+}
+
+
+def tokens_of(folder, prompts, *, together=True, **options):
+    settings = dict(dtype="float32", num_gpu_blocks_override=200, device="cuda") | options
+    batches = [prompts] if together else [[prompt] for prompt in prompts]
+    with LLM(str(folder), **settings) as llm:
+        outputs = [out for batch in batches for out in llm.generate(batch, GREEDY, progress=False)]
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_plain_torch(family, tmp_path, prompts):
+    save_tiny_model(tmp_path, family, **FAMILIES[family])
+    expected = tokens_of(tmp_path, prompts, backend="torch")
+    for eager in (True, False):
+        for together in (True, False):
+            tokens = tokens_of(tmp_path, prompts, enforce_eager=eager, together=together)
+            assert tokens == expected, f"{eager=}, {together=}"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_random_weights_are_drawn_on_the_gpu(family, tmp_path, prompts):
+    save_tiny_model(tmp_path, family, head_dim=64)
+    first = tokens_of(tmp_path, prompts, load_format="dummy")
+    assert tokens_of(tmp_path, prompts, load_format="dummy") == first
