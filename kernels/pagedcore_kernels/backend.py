@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import ConfigError
-from pagedcore.execution import torch_sampling
 from pagedcore.execution.ops import (
     LayerCache,
     Ops,
@@ -28,6 +27,7 @@ from pagedcore.execution.ops import (
 )
 from pagedcore_kernels import activation, block_copy, decode_rows, norms, rope_cache
 from pagedcore_kernels import moe as experts
+from pagedcore_kernels import sampling as draws
 from pagedcore_kernels.decode_attention import DecodeConfig, choose_decode, decode_attention
 from pagedcore_kernels.extend_attention import (
     build_tile_list,
@@ -210,9 +210,10 @@ class TritonOps:
         """See `Ops.copy_blocks`."""
         block_copy.copy_blocks(cache.key, cache.value, copies)
 
+    @with_fallback
     def sample(self, logits: Tensor, sampling: SamplingTensors) -> Tensor:
         """See `Ops.sample`."""
-        return torch_sampling.sample(logits, sampling)
+        return draws.sample(logits, sampling)
 
     def _work_list(self, cache: LayerCache, batch: StepBatch, config: DecodeConfig) -> WorkList:
         """Shares of the step's single tokens: one list for all layers of a cache group."""
