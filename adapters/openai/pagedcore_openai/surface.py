@@ -193,4 +193,4 @@ def _tokenizer_folder(config: EngineConfig, model_folder: Path) -> Path:
     from pagedcore.sources import find_model
 
     plugins = load_plugins(config.execution.disable_plugin)
-    return Path(find_model(name, collect(plugins, "pagedcore_sources"), revision=None))
+    return find_model(name, collect(plugins, "pagedcore_sources"), holding="tokenizer.json")
