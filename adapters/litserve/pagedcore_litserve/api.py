@@ -37,6 +37,7 @@ class PagedLitAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
         server: ServerConfig | None = None,
         api_path: str = "/",
         owns_server: bool = False,
+        stats_interval_s: float = 10.0,
         build: str = BUILD,
     ) -> None:
         """Nothing is loaded before the server runs.
@@ -45,6 +46,8 @@ class PagedLitAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
             are those that `LitServer.run` is given.
         :param api_path: what the surface's routes begin with, so that several models share a port.
         :param owns_server: answer every path, also those that are LitServe's.
+        :param stats_interval_s: how often LitServe's loggers, if there are any, are given the
+            engine's counters: as `/engine/0/num_requests_running` and the like.
         :param build: what makes the engine, as module:function; see `BUILD`.
         """
         if not api_path.startswith("/") or (api_path != "/" and api_path.endswith("/")):
@@ -52,6 +55,7 @@ class PagedLitAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
         spec = PagedSpec(engine or EngineConfig(), server or ServerConfig(), build)
         spec.api_path = api_path
         spec.owns_server = owns_server
+        spec.stats_interval_s = stats_interval_s
         super().__init__(spec=spec, loop=PagedLoop())
 
     def setup(self, device: str) -> None:
@@ -77,6 +81,7 @@ class PagedSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
         self.owns_server = False
         self.is_supervised = False
         """Whether `run` starts the server: then API servers drain before they close the port."""
+        self.stats_interval_s = 10.0
         self.num_workers = 1
         self.fronts: dict[asyncio.AbstractEventLoop, Front] = {}
         """The surface of each event loop of this process."""
@@ -100,6 +105,10 @@ class PagedSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
         """Asked once by a LitServer that has made its app: the surface goes in front of it."""
         self._server.app.add_middleware(Front, spec=self)
         return []
+
+    def pre_setup(self, lit_api: PagedLitAPI) -> None:
+        """Called by a LitServer that is being made."""
+        self.lit_api = lit_api
 
     def setup(self, server: Any) -> None:
         """Called in the main process before workers start."""

@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable
+from multiprocessing.connection import Client
+from multiprocessing.managers import dispatch  # type: ignore[attr-defined]  # not in the stubs
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -32,6 +35,7 @@ class Departure:
     """
 
     def __init__(self, spec: "PagedSpec") -> None:
+        self._spec = spec
         self._plan = spec.plan
         self._is_supervised = spec.is_supervised
         self._surfaces: list[Surface] = []
@@ -55,11 +59,13 @@ class Departure:
         self._surfaces += surfaces
 
     def leave(self) -> None:
-        """Watch nothing any more."""
+        """Called last: watch nothing any more."""
         if self._main is not None:
             asyncio.get_running_loop().remove_reader(self._main)
             os.close(self._main)
             self._main = None
+        if os.getppid() != self._plan.main_pid != os.getpid():
+            self._end_manager()
 
     def fail(self, error: Exception) -> None:
         """Tell the main process that nothing can be served."""
@@ -84,8 +90,19 @@ class Departure:
             loop.add_signal_handler(signal.SIGTERM, self._sigterm)
 
     def _main_gone(self) -> None:
-        self.leave()
+        assert self._main is not None
+        asyncio.get_running_loop().remove_reader(self._main)
         os.kill(os.getpid(), signal.SIGTERM)
+
+    def _end_manager(self) -> None:
+        """LitServe's queues live in a process that outlives a killed main process for ever."""
+        manager = self._spec._server.transport_config.manager
+        authkey = multiprocessing.current_process().authkey
+        with (
+            contextlib.suppress(OSError, EOFError),
+            Client(manager.address, authkey=authkey) as link,
+        ):
+            dispatch(link, None, "shutdown")
 
     def _sigterm(self) -> None:
         if self._draining is None:

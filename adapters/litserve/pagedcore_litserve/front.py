@@ -1,6 +1,7 @@
 """The OpenAI surface in front of LitServe's own routes, for one event loop of an API server."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagedcore.engine.client import EngineClient
+from pagedcore.errors import PagedcoreError
 from pagedcore_litserve.departure import Departure
 
 if TYPE_CHECKING:
@@ -82,22 +84,24 @@ class Front:
         """The surfaces begin after LitServe, and end after it."""
         loop = asyncio.get_running_loop()
         departure = Departure.of(scope["app"], self._spec)
-        loading = None
+        tasks: list[asyncio.Task[None]] = []
 
         async def send_and_follow(message: Message) -> None:
-            nonlocal loading
             if message["type"] == "lifespan.startup.complete":
                 self._spec.fronts[loop] = self
                 departure.join(self.surfaces)
-                loading = asyncio.create_task(self._load(departure))
+                works = [self._load(departure)]
+                if _is_first() and self._spec._server.logger_queue is not None:
+                    works.append(self._log_stats())
+                tasks.extend(map(asyncio.create_task, works))
             await send(message)
 
         try:
             await self._app(scope, receive, send_and_follow)
         finally:
             self._spec.fronts.pop(loop, None)
-            if loading is not None:
-                loading.cancel()
+            for task in tasks:
+                task.cancel()
             departure.leave()
             for surface in self.surfaces:
                 await surface.close()
@@ -109,7 +113,25 @@ class Front:
         except Exception as error:
             departure.fail(error)
             return
-        if os.environ.get("LITSERVE_WORKER_ID") == "0":
+        if _is_first():
             info: Any = self.surfaces[0].info
             seconds = info.startup_seconds.get("total", 0.0)
             logger.info("serving %s (loaded in %.1f s)", info.served_model_names[0], seconds)
+
+    async def _log_stats(self) -> None:
+        """Hand the engines' counters to LitServe's loggers, for ever."""
+        while True:
+            await asyncio.sleep(self._spec.stats_interval_s)
+            for number, surface in enumerate(self.surfaces):
+                with contextlib.suppress(PagedcoreError, TimeoutError):
+                    stats = await surface.client.call("stats")
+                    await asyncio.to_thread(self._log, number, stats)
+
+    def _log(self, engine: int, stats: dict[str, float]) -> None:
+        for name, value in stats.items():
+            self._spec.lit_api.log(f"{self._prefix}/engine/{engine}/{name}", value)
+
+
+def _is_first() -> bool:
+    """Whether this is the first of LitServe's API servers, which it numbers."""
+    return os.environ.get("LITSERVE_WORKER_ID", "0") == "0"

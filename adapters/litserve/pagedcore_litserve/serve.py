@@ -1,6 +1,7 @@
 """`pagedcore serve --server litserve`, and `run`: a LitServer that ends in order."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from litserve import LitServer
@@ -64,15 +65,13 @@ def run(lit_server: LitServer, *, host: str, port: int, **options: Any) -> None:
     Raises ConfigError for an address that LitServe cannot listen on, what an engine's start fails
     with, and EngineDeadError.
     """
-    from pagedcore_openai.http_protocol import guarded_http
-
     _check_address(host, port)
     specs = [api.spec for api in lit_server.litapi_connector if isinstance(api.spec, PagedSpec)]
     for spec in specs:
         spec.is_supervised = True
     lit_server.uvicorn_graceful_timeout = LAST_WORDS_S
     if specs:
-        options = {"http": guarded_http(specs[0].plan.server), "loop": "uvloop", **options}
+        options = {"http": _Http(specs[0].plan.server), "loop": "uvloop", **options}
     options = {"generate_client_file": False, "ws": "none", **options}
     with Supervisor(lit_server, [spec.plan for spec in specs]) as supervisor:
         try:
@@ -86,6 +85,22 @@ def run(lit_server: LitServer, *, host: str, port: int, **options: Any) -> None:
             ) from None
     if supervisor.error is not None:
         raise supervisor.error
+
+
+class _Http:
+    """The surface's HTTP protocol, imported by an API server while the model loads elsewhere."""
+
+    def __init__(self, server: ServerConfig) -> None:
+        self._server = server
+        self._protocol: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Called by uvicorn for each connection."""
+        if self._protocol is None:
+            from pagedcore_openai.http_protocol import guarded_http
+
+            self._protocol = guarded_http(self._server)
+        return self._protocol(*args, **options)
 
 
 def _check_address(host: str, port: int) -> None:

@@ -55,7 +55,7 @@ class Supervisor:
         self._interrupts = False
         self._deadline: float | None = None
         self._api_servers: set[BaseProcess] = set()
-        self._dead_workers: set[int | None] = set()
+        self._workers: set[BaseProcess] = set()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._over = threading.Event()
         self._failures: list[socket.socket] = []
@@ -86,6 +86,9 @@ class Supervisor:
         self._over.set()
         self._notify()
         self._thread.join()
+        manager = self._lit_server.transport_config.manager
+        if manager is not None:
+            manager.shutdown()  # again does nothing
         _end_children()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -133,10 +136,9 @@ class Supervisor:
             self._leave()
 
     def _look_at_workers(self) -> None:
-        for process in list(getattr(self._lit_server, "inference_workers", ())):
-            if process.is_alive() or process.pid in self._dead_workers:
-                continue
-            self._dead_workers.add(process.pid)
+        self._workers |= set(getattr(self._lit_server, "inference_workers", ()))
+        for process in [process for process in self._workers if not process.is_alive()]:
+            self._workers.remove(process)  # LitServe may have replaced it already
             now = time.monotonic()
             status = process.exitcode
             again = self._lit_server.restart_workers and self._api_servers
@@ -169,6 +171,7 @@ class Supervisor:
     def _leave(self) -> None:
         """Let LitServe's `run` return; where it waits for workers, only an interrupt helps."""
         self._over.set()
+        logging.getLogger("litserve").setLevel(logging.ERROR)  # it warns of what has ended in order
         self._lit_server._shutdown_event.set()
         if not self._api_servers:
             self._interrupts = True
