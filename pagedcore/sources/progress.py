@@ -19,22 +19,15 @@ def progress(what: str) -> Iterator[Report]:
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
         DownloadColumn(),
-        TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as bars:
-        task = bars.add_task(what, total=None)
+        # Cut so that the line fits into 80 columns.
+        task = bars.add_task(what if len(what) <= 36 else f"{what[:35]}…", total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
