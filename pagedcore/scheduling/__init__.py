@@ -10,7 +10,9 @@ policies.py    the order of the queue, and whom to preempt
 stopping.py    whether a sequence ends with its newest token
 sequence.py    one request's scheduling state: touched at its milestones, never per token
 table.py       the running sequences as columns, indexed by a stable row
-paging.py      block tables: look-up, slots, copy on write, windows
+steady.py      steps in which everybody decodes, as a handful of vector operations
+paging.py      block tables: slots, copy on write, windows
+prefix_cache.py  which blocks a prompt finds, and which others may find
 hashing.py     what identifies a block's content
 blocks.py      the pool: reference counts, the free list, and the prefix cache's map
 """

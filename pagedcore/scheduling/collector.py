@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedcore.request import FinishReason
 from pagedcore.scheduling.in_flight import StepInFlight, ended_among, spread
-from pagedcore.scheduling.paging import Pager
+from pagedcore.scheduling.prefix_cache import PrefixCache
 from pagedcore.scheduling.roster import Roster
 from pagedcore.scheduling.sequence import SequenceState
 from pagedcore.scheduling.stopping import End, may_have_ended, why_ended
@@ -23,10 +23,10 @@ Ending = tuple[SequenceState, End]
 class Collector:
     """Takes the results of steps, oldest first; `later` ones are still in flight."""
 
-    def __init__(self, roster: Roster, table: SequenceTable, pager: Pager) -> None:
+    def __init__(self, roster: Roster, table: SequenceTable, cache: PrefixCache) -> None:
         self._roster = roster
         self._table = table
-        self._pager = pager
+        self._cache = cache
         self.num_tokens = 0
         """Tokens handed out."""
 
@@ -35,20 +35,24 @@ class Collector:
     ) -> StepOutput:
         """Hand out what a step produced."""
         finished = self._fail_some(step, result, later) if result.failed else []
-        plan = step.plan
-        if step.draws_all and step.version == self._table.version:
-            produced, ends = None, list[Ending]()  # all of them produced
-            rows, tokens = plan.rows, result.tokens
+        plan, ends = step.plan, list[Ending]()
+        steady = self._table.steady
+        if steady is not None and step.batch is steady.batch and step.draws_all:
+            rows, tokens, produced = plan.rows, result.tokens, None  # all of them
+            may_end = steady.append(tokens)
             output = StepOutput(plan.request_ids, tokens, finished)
         else:
-            live = self._table.ticket[plan.rows] == step.tickets
+            self._table.steady = None
+            live = self._table.ticket[plan.rows] == step.batch.tickets
             produced = live & plan.samples
             rows, tokens = plan.rows[produced], result.tokens[produced]
             taken, ends = self._take_late(step, result.tokens, plan.samples & ~live)
             produced |= taken
             output = StepOutput(plan.request_ids[produced], result.tokens[produced], finished)
-        self._append(rows, tokens)
-        ends += self._ends_of(rows, tokens)
+            self._append(rows, tokens)
+            may_end = True
+        if may_end:
+            ends += self._ends_of(rows, tokens)
         self.num_tokens += len(output.tokens)
         if self._roster.untold:
             self._tell_cached(output)
@@ -121,12 +125,12 @@ class Collector:
         return taken, ends
 
     def _sequence(self, step: StepInFlight, index: int) -> SequenceState | None:
-        request_id, ticket = int(step.plan.request_ids[index]), int(step.tickets[index])
+        request_id, ticket = int(step.plan.request_ids[index]), int(step.batch.tickets[index])
         return self._roster.of_ticket(request_id, ticket)
 
     def _is_trusted(self, step: StepInFlight, index: int, sequence: SequenceState) -> bool:
         """Whether what the step did for a sequence builds on nothing that failed."""
-        return int(step.tickets[index]) >= sequence.trusted_from
+        return int(step.batch.tickets[index]) >= sequence.trusted_from
 
     # What goes with tokens
 
@@ -181,7 +185,7 @@ class Collector:
     ) -> list[Finished]:
         """End who is guilty, and let everybody begin again who built on them or on `gone`."""
         damage = spread(steps, gone.union(guilty))
-        self._pager.forget(damage.entries)  # before any block is freed or looked up (KV-11)
+        self._cache.forget(damage.entries)  # before any block is freed or looked up (KV-11)
         finished = []
         for sequence, message in guilty.items():
             self._roster.end(sequence, FinishReason.ERROR)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -43,6 +43,20 @@ class BlockHasher:
         """Hash a full block: its tokens int32 [B], after the block with hash `parent`."""
         return self._digest(self._pack(parent, tokens, extra))
 
+    def hash_many(self, parents: Sequence[bytes], tokens: NDArray[np.int32]) -> list[bytes]:
+        """Hash one block each, tokens int32 [K, B], after the blocks with hashes `parents` [K]."""
+        pack, digest = self._pack, self._digest
+        if pack is not _pack_raw or digest is not _sha256:
+            rows = zip(parents, tokens, strict=True)
+            return [digest(pack(parent, row, None)) for parent, row in rows]
+        data, size, sha256 = tokens.astype("<i4").tobytes(), 4 * tokens.shape[1], hashlib.sha256
+        head = _head(len(self.first_parent), size)  # the same for all: every parent is a hash
+        starts = range(0, len(data), size)
+        return [
+            sha256(head + parent + data[start : start + size]).digest()
+            for parent, start in zip(parents, starts, strict=True)
+        ]
+
     def _seed(self) -> str:
         chosen = os.environ.get("PYTHONHASHSEED", "random")
         if chosen not in ("", "random"):
@@ -59,8 +73,12 @@ class BlockHasher:
 def _pack_raw(parent: bytes, tokens: Any, extra: Extra) -> bytes:
     """Our own serialisation: lengths stand in front, so no two inputs look alike."""
     data = np.asarray(tokens, "<i4").tobytes()
-    head = b"%d,%d;" % (len(parent), len(data))
-    return head + parent + data + (repr(extra).encode() if extra else b"")
+    tail = repr(extra).encode() if extra else b""
+    return _head(len(parent), len(data)) + parent + data + tail
+
+
+def _head(parent_size: int, data_size: int) -> bytes:
+    return b"%d,%d;" % (parent_size, data_size)
 
 
 def _cbor_packer() -> Callable[[bytes, Any, Extra], bytes]:

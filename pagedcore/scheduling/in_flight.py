@@ -3,9 +3,10 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from pagedcore.scheduling.paging import BlockLog
+from pagedcore.scheduling.prefix_cache import BlockLog
 from pagedcore.scheduling.sequence import SequenceState, Status
-from pagedcore.step import Int64, StepPlan
+from pagedcore.scheduling.table import Batch
+from pagedcore.step import StepPlan
 
 
 @dataclass(slots=True, eq=False)
@@ -14,11 +15,8 @@ class StepInFlight:
 
     plan: StepPlan
 
-    tickets: Int64
-    """[S] The stay in the table for which each sequence was planned."""
-
-    version: int
-    """The table's, when the plan was made: equal means that everybody is still there."""
+    batch: Batch
+    """Who was in it; the table's version tells whether everybody is still there."""
 
     draws_all: bool
     """Whether every sequence of the plan draws a token."""

@@ -1,31 +1,23 @@
-"""Block tables: which cached blocks a prompt finds, and where a sequence's next tokens go.
+"""Block tables: where a sequence's tokens go, copies on write, and what a window leaves behind.
 
 Between the pool, which knows blocks and no sequences, and the scheduler, which knows sequences and
 no blocks. Every operation is for all cache groups: each group has a table of its own per sequence,
 from the one pool.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pagedcore.cache_spec import CacheGroup
 from pagedcore.scheduling.blocks import NULL_BLOCK, BlockPool
-from pagedcore.scheduling.hashing import BlockHasher
-from pagedcore.scheduling.sequence import BlockContent, SequenceState
+from pagedcore.scheduling.prefix_cache import Prefix
 from pagedcore.scheduling.table import SequenceTable
 from pagedcore.step import Int32
 
-Prefix = list[list[int]]
-"""Cached blocks that a prompt begins with: for each group, equally many."""
-
-BlockLog = list[tuple[SequenceState, int, bytes | None]]
-"""Who put which block into the map under which key, or (None) found it there; in order."""
-
 
 class Pager:
-    """Hands blocks to rows of the table. `hasher` is None when prefix caching is off."""
+    """Hands blocks to rows of the table."""
 
     def __init__(
         self,
@@ -33,81 +25,22 @@ class Pager:
         table: SequenceTable,
         groups: Sequence[CacheGroup],
         block_size: int,
-        hasher: BlockHasher | None,
     ) -> None:
         self._pool = pool
         self._table = table
         self._windows = [group.spec.window for group in groups]
-        self._slides = any(window is not None for window in self._windows)
+        self.slides = any(window is not None for window in self._windows)
+        """Whether a window leaves blocks behind."""
         self._groups = range(len(groups))
-        self._suffixes = [group.to_bytes(4, "big") for group in self._groups]
         self._block_size = block_size
-        self._hasher = hasher
-        self._content_of: dict[int, BlockContent] = {}  # by block; for hashes that may collide
         self._updates: list[Int32] = []
         self._copies: dict[int, list[tuple[int, int, int, int]]] = {}  # by row that writes
         self._outdated: list[int] = []  # sources of copies: released when the step is planned
         self._repeats = False
-        self._log: BlockLog = []
         self.num_copies = 0
         """Blocks copied on write so far."""
 
-    # Look-up
-
-    def find_prefix(self, sequence: SequenceState, tokens: Int32) -> Prefix:
-        """The longest cached prefix of `tokens` that all groups have (KV-9, SLOT-6)."""
-        limit = (len(tokens) - 1) // self._block_size
-        if limit == 0 or not self.reads_cache(sequence):
-            return [[] for _ in self._groups]
-        self._extend_hashes(sequence, tokens, limit)
-        length = limit
-        while True:  # a group that finds less makes the others look again
-            found = [self._find_in(group, sequence, length) for group in self._groups]
-            shortest = min(map(len, found))
-            if all(len(blocks) == shortest for blocks in found):
-                return found
-            length = shortest
-
-    def reads_cache(self, sequence: SequenceState) -> bool:
-        """Whether it may begin with cached blocks (KV-10); a child's prompt is not scored."""
-        params = sequence.request.params
-        scores = params.prompt_logprobs is not None and not sequence.is_child
-        return self._hasher is not None and not scores and not params.skip_reading_prefix_cache
-
-    def _find_in(self, group: int, sequence: SequenceState, limit: int) -> list[int]:
-        hashes, suffix = sequence.hashes, self._suffixes[group]
-        window = self._windows[group]
-        if window is None:
-            blocks = []
-            for index in range(limit):
-                block = self._find(hashes[index] + suffix, sequence, index)
-                if block is None:
-                    break
-                blocks.append(block)
-            return blocks
-        needed = -(-(window - 1) // self._block_size)
-        run: list[int] = []  # contiguous blocks from `index` on, last first
-        for index in range(limit - 1, -1, -1):
-            block = self._find(hashes[index] + suffix, sequence, index)
-            if block is None:
-                run = []
-                continue
-            run.append(block)
-            if len(run) >= needed or index == 0:
-                return [NULL_BLOCK] * index + run[::-1]
-        return []
-
-    def _find(self, key: bytes, sequence: SequenceState, index: int) -> int | None:
-        block = self._pool.find(key)
-        if block is None or not sequence.contents:
-            return block
-        stored, own = self._content_of[block], sequence.contents[index]
-        if index > 0:
-            own.before = sequence.contents[index - 1]
-        if not stored.equals(own):
-            return None  # another content with the same hash (KV-13)
-        sequence.contents[index] = stored  # the next comparison ends where they meet
-        return block
+    # Needs
 
     def num_unused(self, prefix: Prefix) -> int:
         """Blocks of a prefix that are on the free list: taking them uses free blocks up."""
@@ -137,11 +70,9 @@ class Pager:
     def adopt(self, row: int, prefix: Prefix) -> None:
         """Begin a row's tables with a cached prefix."""
         table = self._table
-        sequence = table.sequence(row)
         length = len(prefix[0])
         for group, blocks in enumerate(prefix):
             self._pool.touch(blocks)
-            self._log += [(sequence, block, None) for block in blocks]
             self._write(group, row, 0, blocks)
             table.num_blocks[group, row] = length
             table.num_slid[group, row] = blocks.count(NULL_BLOCK)
@@ -177,7 +108,7 @@ class Pager:
 
     def slide(self, rows: Int32) -> None:
         """Free what every later query of these rows is too far away to see (SLOT-6)."""
-        if not self._slides:
+        if not self.slides:
             return
         table = self._table
         for group, window in enumerate(self._windows):
@@ -210,6 +141,23 @@ class Pager:
             self._own_tail(row)
         for group in self._groups:
             self._append(group, rows, needed[group])
+        return True
+
+    def grow(self, rows: Int32) -> bool:
+        """Give each of rows [K] one more block, in every group; False, changing nothing, if they
+        cannot be had.
+        """
+        table, count = self._table, len(rows)
+        if count * len(self._groups) > self._pool.num_free:
+            return False
+        for group in self._groups if count else ():
+            index = table.num_blocks[group, rows]
+            updates = np.empty((count, 4), np.int32)
+            updates[:, 0], updates[:, 1], updates[:, 2] = group, rows, index
+            updates[:, 3] = taken = self._pool.take(count)
+            table.block_tables[group, rows, index] = taken
+            table.num_blocks[group, rows] = index + 1
+            self._updates.append(updates)
         return True
 
     def _append(self, group: int, rows: Int32, needed: Int32) -> None:
@@ -285,75 +233,6 @@ class Pager:
             self._repeats = True
         table.is_forked[row] = False
 
-    # The prefix cache
-
-    def enter_full_blocks(self, rows: Int32) -> None:
-        """Put blocks into the map that are full of known tokens, and written or about to be
-        (KV-11).
-        """
-        table = self._table
-        self._enter(rows, np.minimum(table.num_computed[rows], table.num_known[rows]))
-
-    def enter_settled_blocks(self, row: int) -> None:
-        """The same for a row that leaves: what the steps behind its last token have written."""
-        table = self._table
-        rows = np.array([row], np.int32)
-        self._enter(rows, np.minimum(table.num_computed[rows], table.num_known[rows] - 1))
-
-    def _enter(self, rows: Int32, num_tokens: Int32) -> None:
-        if self._hasher is None:
-            return
-        table = self._table
-        full = num_tokens // self._block_size
-        for i in np.flatnonzero(full > table.num_hashed[rows]).tolist():
-            row, end = int(rows[i]), int(full[i])
-            start = int(table.num_hashed[row])
-            sequence = table.sequence(row)
-            self._extend_hashes(sequence, table.tokens[row], end)
-            for group in self._groups:
-                blocks = table.block_tables[group, row, start:end].tolist()
-                for index, block in enumerate(blocks, start):
-                    if block == NULL_BLOCK or self._pool.key_of[block] is not None:
-                        continue
-                    key = sequence.hashes[index] + self._suffixes[group]
-                    if sequence.contents:
-                        first = self._pool.find(key)
-                        content = sequence.contents[index]
-                        if first is not None and not self._content_of[first].equals(content):
-                            continue  # the first content keeps the key
-                        self._content_of[block] = content
-                    self._pool.enter(key, block)
-                    self._log.append((sequence, block, key))
-            table.num_hashed[row] = end
-
-    def _extend_hashes(
-        self, sequence: SequenceState, tokens: NDArray[np.int32], num_blocks: int
-    ) -> None:
-        assert self._hasher is not None
-        hashes, size = sequence.hashes, self._block_size
-        for index in range(len(hashes), num_blocks):
-            parent = hashes[-1] if hashes else self._hasher.first_parent
-            salt = sequence.request.cache_salt
-            extra = (salt,) if index == 0 and salt is not None else None
-            block = tokens[index * size : (index + 1) * size]
-            hashes.append(self._hasher.hash(parent, block, extra))
-            if not self._hasher.is_cryptographic:
-                before = sequence.contents[-1] if sequence.contents else None
-                sequence.contents.append(BlockContent(before, block.tobytes(), extra))
-
-    def forget(self, entries: Iterable[tuple[int, bytes]]) -> None:
-        """Take blocks out of the map again, where they still stand under these keys (KV-11)."""
-        for block, key in entries:
-            if self._pool.key_of[block] == key:
-                self._pool.forget(block)
-
-    def reset(self) -> bool:
-        """Forget every prefix; False, changing nothing, while blocks are in use (POOL-7)."""
-        if not self._pool.reset():
-            return False
-        self._content_of.clear()
-        return True
-
     # The end of a step, and of a row
 
     def free(self, row: int) -> None:
@@ -380,14 +259,11 @@ class Pager:
             else:
                 self._pool.release([block])
 
-    def take_log(self) -> BlockLog:
-        """What happened to the map since the last call."""
-        log, self._log = self._log, []
-        return log
-
     def take_changes(self) -> tuple[Int32, Int32]:
         """Table updates [N, 4] and copies [C, 4] since the last call, as in `StepPlan`."""
-        updates = _EMPTY if not self._updates else np.concatenate(self._updates)
+        if not self._updates and not self._copies and not self._outdated:
+            return _EMPTY, _EMPTY
+        updates = np.concatenate(self._updates) if self._updates else _EMPTY
         if self._repeats and len(updates):  # the last write of an entry counts
             _, last = np.unique(updates[::-1, :3], axis=0, return_index=True)
             updates = updates[len(updates) - 1 - np.sort(last)]

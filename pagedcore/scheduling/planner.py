@@ -10,11 +10,13 @@ import numpy as np
 from pagedcore.config import SchedulerConfig
 from pagedcore.scheduling.blocks import BlockPool
 from pagedcore.scheduling.in_flight import StepInFlight
-from pagedcore.scheduling.paging import Pager, Prefix
+from pagedcore.scheduling.paging import Pager
+from pagedcore.scheduling.prefix_cache import Prefix, PrefixCache
 from pagedcore.scheduling.roster import Roster
 from pagedcore.scheduling.sequence import SequenceState
-from pagedcore.scheduling.table import SequenceTable
-from pagedcore.step import Admission, Bool, Int32, Int64, StepPlan
+from pagedcore.scheduling.steady import SteadyState
+from pagedcore.scheduling.table import Batch, SequenceTable
+from pagedcore.step import Admission, Bool, Int32, StepPlan
 
 
 @dataclass(slots=True)
@@ -27,6 +29,9 @@ class _Draft:
 
     counts: Int32
     """[S] Tokens that each runs."""
+
+    num_computed: Int32 | None = None
+    """[S] What was computed before, where it is known without looking."""
 
     admitted: list[SequenceState] = field(default_factory=list)
     """Those that have a row since the last plan."""
@@ -43,21 +48,26 @@ class Planner:
         roster: Roster,
         table: SequenceTable,
         pager: Pager,
+        cache: PrefixCache,
         pool: BlockPool,
         *,
+        block_size: int,
         budget: int,
         kv_watermark: float,
     ) -> None:
         self._roster = roster
         self._table = table
         self._pager = pager
+        self._cache = cache
         self._pool = pool
+        self._block_size = block_size
         self._budget = budget
         self._chunked = config.enable_chunked_prefill
         self._threshold = config.long_prefill_token_threshold
         self._reserves_all = config.scheduler_reserve_full_isl
         self._watermark = int(kv_watermark * (pool.num_blocks - 1))
-        self._last: _Batch | None = None
+        self._last: Batch | None = None
+        self._uniform: Batch | None = None  # the last in which everybody decoded
         self.num_cache_queries = 0
         """Tokens looked up at first admissions (KV-12)."""
         self.num_cache_hits = 0
@@ -69,14 +79,36 @@ class Planner:
     def plan(self) -> StepInFlight | None:
         """The next step; None when nobody can run before results arrive."""
         forked = self._roster.join_forks()
-        draft = self._continue_running([child for child, _ in forked])
+        draft = self._continue_steadily()
+        if draft is None:
+            draft = self._continue_running([child for child, _ in forked])
         if not draft.preempted:  # SCHED-4
             self._admit_waiting(draft)
         if len(draft.rows) == 0:
             return None
+        steady = self._table.steady
+        if steady is not None and draft.num_computed is not None:
+            steady.await_tokens()
+            rows = steady.batch.rows
+            plan = self._plan(draft, steady.batch, draft.num_computed, steady.trues, len(rows))
+            return StepInFlight(plan, steady.batch, True, self._cache.take_log(), forked)
         return self._finish(draft, forked)
 
     # Running sequences
+
+    def _continue_steadily(self) -> _Draft | None:
+        """One token for every row, if that is how it has been going and nothing is in its way."""
+        steady, self._table.steady = self._table.steady, None
+        if steady is None or steady.num_left <= 0:
+            return None
+        rows = steady.batch.rows
+        if len(rows) > self._budget or not self._pager.grow(steady.growing_rows()):
+            return None
+        self._table.steady = steady
+        before = steady.advance()
+        for filled in steady.filled_rows():
+            self._cache.enter_next(filled)
+        return _Draft(self._budget - len(rows), rows, steady.ones, before)
 
     def _continue_running(self, joined: list[SequenceState]) -> _Draft:
         rows = self._table.running
@@ -85,14 +117,19 @@ class Planner:
         if not counts.all():
             rows, counts = rows[counts > 0], counts[counts > 0]
         self._pager.slide(rows)
-        draft = _Draft(self._budget, rows, counts, joined)
+        draft = _Draft(self._budget, rows, counts, admitted=joined)
         if self._pager.reserve(rows, counts):
             draft.budget -= int(counts.sum())
         else:
             self._continue_one_by_one(draft)
         self._table.num_computed[draft.rows] += draft.counts
-        self._pager.enter_full_blocks(draft.rows)
+        self._enter_full_blocks(draft.rows)
         return draft
+
+    def _enter_full_blocks(self, rows: Int32) -> None:
+        """Let others find what is full of known tokens, and written or about to be (KV-11)."""
+        table = self._table
+        self._cache.enter(rows, np.minimum(table.num_computed[rows], table.num_known[rows]))
 
     def _wants(self, rows: Int32) -> Int32:
         """Tokens that each row would run, were there no budget (SCHED-2, ASYNC-2)."""
@@ -166,7 +203,7 @@ class Planner:
         """Give a waiting sequence a row and its first slots; the tokens that it runs, or 0."""
         pager, table = self._pager, self._table
         tokens = sequence.known_tokens()
-        prefix = pager.find_prefix(sequence, tokens)
+        prefix = self._cache.find(sequence, tokens)
         cached = pager.prefix_length(prefix)
         count = len(tokens) - cached
         if self._limits_prompts() and self._chunked:
@@ -183,7 +220,7 @@ class Planner:
         reserved = pager.reserve(one, np.array([count], np.int32))
         assert reserved, "a sequence was admitted that does not fit"
         table.num_computed[row] += count
-        pager.enter_full_blocks(one)
+        self._enter_full_blocks(one)
         draft.admitted.append(sequence)
         return count
 
@@ -201,7 +238,7 @@ class Planner:
         """Only what a prompt's first look-up finds counts for it (KV-12)."""
         if sequence.was_admitted or sequence.is_child:
             return
-        if self._pager.reads_cache(sequence):
+        if self._cache.reads(sequence):
             self.num_cache_queries += length
             self.num_cache_hits += cached
         sequence.request.num_cached_tokens = cached
@@ -223,16 +260,24 @@ class Planner:
             rows = np.concatenate((rows[single], rows[~single]))
             counts = np.concatenate((counts[single], counts[~single]))
         batch = self._batch_of(rows)
-        rows = batch.rows
-        computed = table.num_computed[rows]
-        samples: Bool = computed == table.length[rows]
+        computed = table.num_computed[batch.rows]
+        samples: Bool = computed == table.length[batch.rows]
         draws_all = bool(samples.all())
-        table.length[rows if draws_all else rows[samples]] += 1
+        table.length[batch.rows[samples]] += 1
+        draft.rows, draft.counts = batch.rows, counts
+        plan = self._plan(draft, batch, computed - counts, samples, num_single)
+        if draws_all and num_single == len(table.running):
+            self._note_uniform(batch)
+        return StepInFlight(plan, batch, draws_all, self._cache.take_log(), forked)
+
+    def _plan(
+        self, draft: _Draft, batch: Batch, num_computed: Int32, samples: Bool, num_single: int
+    ) -> StepPlan:
         updates, copies = self._pager.take_changes()
-        plan = StepPlan(
-            rows=rows,
-            num_computed=computed - counts,
-            num_scheduled=counts,
+        return StepPlan(
+            rows=batch.rows,
+            num_computed=num_computed,
+            num_scheduled=draft.counts,
             samples=samples,
             num_single=num_single,
             admitted=[
@@ -243,28 +288,21 @@ class Planner:
             copies=copies,
             request_ids=batch.request_ids,
         )
-        return StepInFlight(
-            plan, batch.tickets, batch.version, draws_all, self._pager.take_log(), forked
-        )
 
-    def _batch_of(self, rows: Int32) -> "_Batch":
-        """What is the same in every step of these rows; the last one's objects, if they were the
-        same.
-        """
+    def _note_uniform(self, batch: Batch) -> None:
+        """All rows decode: when they do so for the second time, it may go on."""
+        if batch is self._uniform and not self._pager.slides:
+            self._table.steady = SteadyState(self._table, batch, self._block_size)
+        self._uniform = batch
+
+    def _batch_of(self, rows: Int32) -> Batch:
+        """Rows with those who hold them; the last step's, if they are the same."""
         table, last = self._table, self._last
         same = last is not None and np.array_equal(last.rows, rows)
         if last is None or not same or last.version != table.version:
             if last is not None and same:
                 rows = last.rows
-            self._last = last = _Batch(
+            self._last = last = Batch(
                 rows, table.version, table.ticket[rows], table.request_id[rows]
             )
         return last
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    rows: Int32
-    version: int
-    tickets: Int64
-    request_ids: Int64

@@ -3,10 +3,13 @@
 import random
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from pagedcore.errors import RequestError
 from pagedcore.request import FinishReason, Request
-from pagedcore.scheduling.paging import Pager, Prefix
+from pagedcore.scheduling.paging import Pager
 from pagedcore.scheduling.policies import Policy
+from pagedcore.scheduling.prefix_cache import Prefix, PrefixCache
 from pagedcore.scheduling.queue import WaitingQueue
 from pagedcore.scheduling.sequence import PendingFork, SequenceState, Status
 from pagedcore.scheduling.table import SequenceTable
@@ -17,11 +20,19 @@ class Roster:
     """Moves sequences from place to place; each is in exactly one (semantics SCHED-12)."""
 
     def __init__(
-        self, table: SequenceTable, pager: Pager, policy: Policy, *, longest: int, seed: int
+        self,
+        table: SequenceTable,
+        pager: Pager,
+        cache: PrefixCache,
+        policy: Policy,
+        *,
+        longest: int,
+        seed: int,
     ) -> None:
         """`longest` is the length at which every sequence ends at the latest."""
         self.table = table
         self.pager = pager
+        self.cache = cache
         self.policy = policy
         self.longest = longest
         self.queue = WaitingQueue()
@@ -106,6 +117,7 @@ class Roster:
         assert popped is sequence
         row = self._seat(sequence, tokens)
         self.pager.adopt(row, prefix)
+        self.cache.note_found(sequence, prefix)
         return row
 
     def _seat(self, sequence: SequenceState, tokens: Int32) -> int:
@@ -115,7 +127,7 @@ class Roster:
 
     def preempt(self, row: int) -> SequenceState:
         """Take a row's blocks away and let its sequence wait again (PRE-1)."""
-        self.pager.enter_settled_blocks(row)
+        self._enter_settled_blocks(row)
         sequence = self._requeue(row)
         sequence.request.num_preemptions += 1
         self.num_preemptions += 1
@@ -126,6 +138,12 @@ class Roster:
         if sequence.status is Status.RUNNING:
             self._requeue(sequence.row)
         sequence.trusted_from = self.table.next_ticket
+
+    def _enter_settled_blocks(self, row: int) -> None:
+        """Let others find what the steps behind a row's last token have written."""
+        table, rows = self.table, np.array([row], np.int32)
+        settled = np.minimum(table.num_computed[rows], table.num_known[rows] - 1)
+        self.cache.enter(rows, settled)
 
     def _requeue(self, row: int) -> SequenceState:
         table = self.table
@@ -179,7 +197,7 @@ class Roster:
         """Let go of a sequence, wherever it is (CANCEL-1)."""
         if sequence.status is Status.RUNNING:
             if reason is not FinishReason.ERROR:
-                self.pager.enter_settled_blocks(sequence.row)
+                self._enter_settled_blocks(sequence.row)
             self.pager.free(sequence.row)
             self.table.remove(sequence.row)
         elif sequence.status is Status.DEFERRED:

@@ -17,6 +17,7 @@ from pagedcore.scheduling.in_flight import StepInFlight
 from pagedcore.scheduling.paging import Pager
 from pagedcore.scheduling.planner import Planner
 from pagedcore.scheduling.policies import Policy
+from pagedcore.scheduling.prefix_cache import PrefixCache
 from pagedcore.scheduling.roster import Roster, check_children
 from pagedcore.scheduling.table import SequenceTable
 from pagedcore.step import StepOutput, StepPlan, StepResult
@@ -56,19 +57,27 @@ class Scheduler:
             num_groups=len(groups),
             max_blocks=-(-(max_model_len + 1) // block_size),
         )
-        hasher = BlockHasher(hash_algorithm) if enable_prefix_caching else None
-        self._pager = Pager(self._pool, self._table, groups, block_size, hasher)
+        self._cache = PrefixCache(
+            self._pool,
+            self._table,
+            [group.spec.window for group in groups],
+            block_size,
+            BlockHasher(hash_algorithm) if enable_prefix_caching else None,
+        )
+        self._pager = Pager(self._pool, self._table, groups, block_size)
         self._longest = bisect_right(  # tokens that one sequence can have, alone in the pool
             range(1, max_model_len + 1),
             num_blocks - 1,
             key=lambda length: self._pager.num_needed(length, min(length, budget)),
         )
-        self._roster = Roster(self._table, self._pager, policy, longest=self._longest, seed=seed)
+        self._roster = Roster(
+            self._table, self._pager, self._cache, policy, longest=self._longest, seed=seed
+        )
         self._planner = Planner(
-            config, self._roster, self._table, self._pager, self._pool,
-            budget=budget, kv_watermark=kv_watermark,
+            config, self._roster, self._table, self._pager, self._cache, self._pool,
+            block_size=block_size, budget=budget, kv_watermark=kv_watermark,
         )  # fmt: skip
-        self._collector = Collector(self._roster, self._table, self._pager)
+        self._collector = Collector(self._roster, self._table, self._cache)
         self._in_flight: deque[StepInFlight] = deque()
         self._num_rejected = {"queued_reqs": 0, "queued_tokens": 0}
         self._num_stalls = 0
@@ -123,7 +132,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False, changing nothing, while blocks are in use (POOL-7)."""
-        return self._pager.reset()
+        return self._cache.reset()
 
     # Steps
 

@@ -6,14 +6,37 @@ A row is a sequence's index as long as it runs. The steady state, in which every
 token, is a handful of vector operations on the columns of `running`.
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from pagedcore.scheduling.sequence import SequenceState
-from pagedcore.step import Int32
+from pagedcore.step import Int32, Int64
+
+if TYPE_CHECKING:
+    from pagedcore.scheduling.steady import SteadyState
 
 NUM_STOP_IDS = 8
 """Stop ids per row that are compared in one vector operation; requests with more are looked at
 one by one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Rows that run together, and who holds them: the same in every step until somebody moves."""
+
+    rows: Int32
+    """[S]"""
+
+    version: int
+    """The table's."""
+
+    tickets: Int64
+    """[S] Of their stays in the table."""
+
+    request_ids: Int64
+    """[S]"""
 
 
 class SequenceTable:
@@ -45,8 +68,12 @@ class SequenceTable:
         """[R, 8] More tokens that end it; -1 fills up."""
         self.needs_look = np.zeros(num_rows, np.bool_)
         """Its end cannot be told from the columns alone: see `stopping.py`."""
-        self.tokens = np.empty((num_rows, max_model_len + 1), np.int32)
+        self.width = max_model_len + 1
+        """L + 1"""
+        self.tokens = np.empty((num_rows, self.width), np.int32)
         """[R, L + 1] Known tokens. Untouched memory costs nothing."""
+        self.flat_tokens = self.tokens.reshape(-1)
+        """[R * (L + 1)] The same memory."""
         self.block_tables = np.zeros((num_groups, num_rows, max_blocks), np.int32)
         """[G, R, M] Blocks of each row."""
         self.num_blocks = np.zeros((num_groups, num_rows), np.int32)
@@ -63,6 +90,8 @@ class SequenceTable:
         """Larger than every ticket given so far."""
         self.version = 0
         """Changes with `running`."""
+        self.steady: SteadyState | None = None
+        """While all of `running` decode and nobody comes or goes."""
         self._sequences: list[SequenceState | None] = [None] * num_rows
         self._free = list(range(num_rows - 1, -1, -1))
 
@@ -77,6 +106,11 @@ class SequenceTable:
         assert found is not None, f"row {row} is free"
         return found
 
+    def sequences(self, rows: Int32) -> list[SequenceState]:
+        """Who holds each of `rows`; they are not free."""
+        by_row = self._sequences
+        return [by_row[row] for row in rows.tolist()]
+
     def outputs(self, row: int) -> Int32:
         """[K] Known outputs of a row; a view."""
         return self.tokens[row, self.num_prompt[row] : self.num_known[row]]
@@ -89,7 +123,7 @@ class SequenceTable:
         self.request_id[row] = request.id
         self.ticket[row] = self.next_ticket
         self.next_ticket += 1
-        self.version += 1
+        self._changed()
         self.num_known[row] = self.length[row] = len(tokens)
         self.num_prompt[row] = len(request.prompt_token_ids)
         self.tokens[row, : len(tokens)] = tokens
@@ -115,8 +149,12 @@ class SequenceTable:
         sequence.request.output_token_ids = self.outputs(row).tolist()
         self._sequences[row] = None
         self.request_id[row] = self.ticket[row] = -1
-        self.version += 1
+        self._changed()
         self.running = self.running[self.running != row]
         self._free.append(row)
         sequence.row = -1
         return sequence
+
+    def _changed(self) -> None:
+        self.version += 1
+        self.steady = None

@@ -527,8 +527,9 @@ class World:
             (pager, "reserve", reserve_whole_or_nothing),
         ):
             setattr(owner, name, watched)
-        if self.config.hash_bytes is not None and pager._hasher is not None:
-            hasher, digest, size = pager._hasher, pager._hasher._digest, self.config.hash_bytes
+        hasher, size = self.scheduler._cache._hasher, self.config.hash_bytes
+        if size is not None and hasher is not None:
+            digest = hasher._digest
             hasher.is_cryptographic = False
             hasher._digest = lambda data: digest(data)[:size]
 

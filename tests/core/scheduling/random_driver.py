@@ -2,15 +2,15 @@
 
     python tests/core/scheduling/random_driver.py --operations 100000 --seed 1
 
-Prints operations, tokens, blocks leaked, seed and seconds. A failure prints the world and the
-operation that it happened in; the same seed does the same again.
+Prints operations, blocks leaked, seed, seconds and how often what happened. A failure prints the
+world and the operation that it happened in; the same seed does the same again.
 """
 
 import argparse
 import random
 import sys
 import time
-import traceback
+from collections import Counter
 
 from pagedcore.request import RepetitionDetection, SamplingParams
 from pagedcore.testing.hash_model import Fault
@@ -181,31 +181,41 @@ class Driver:
         return Fault(rows=frozenset(rows))
 
 
-def run(operations: int, seed: int) -> tuple[int, int, int]:
-    """Run that many operations in a row of worlds: (worlds, tokens, blocks leaked)."""
-    done = worlds = tokens = leaked = 0
-    while done < operations:
-        rng = random.Random(f"{seed}/{worlds}")
+COUNTED = ("generation_tokens", "num_preemptions", "prefix_cache_hits", "fork_requests",
+           "cow_block_copies", "request_success_error", "request_success_abort")  # fmt: skip
+
+
+def run(operations: int, seed: int, report=None) -> Counter[str]:
+    """Run that many operations in a row of worlds; what happened, by name.
+
+    `report` is called with the number of operations done before each.
+    """
+    totals: Counter[str] = Counter()
+    while totals["operations"] < operations:
+        rng = random.Random(f"{seed}/{totals['worlds']}")
         config = random_config(rng)
-        name = "start"
-        count = 0
+        last, count = "the start", 0
         try:
             driver = Driver(rng, config)
-            while count < min(OPERATIONS_PER_WORLD, operations - done):
-                name = "after " + name
-                name = driver.step()
+            while count < min(OPERATIONS_PER_WORLD, operations - totals["operations"]):
+                if report is not None:
+                    report(totals["operations"] + count)
+                last = driver.step()
                 count += 1
-            name = "drain"
             driver.world.drain()
-        except Exception:
-            print(f"seed {seed}, world {worlds}, operation {done + count + 1} ({name}): {config}")
+        except BaseException:
+            number = totals["operations"] + count + 1
+            print(f"seed {seed}, world {totals['worlds']}, operation {number}, after {last}")
+            print(config)
             raise
         pool = driver.world.scheduler._pool
-        leaked += pool.num_blocks - 1 - pool.num_free
-        tokens += driver.world.num_tokens
-        done += count
-        worlds += 1
-    return worlds, tokens, leaked
+        stats = driver.world.scheduler.stats()
+        totals.update({name: int(stats[name]) for name in COUNTED})
+        totals.update(
+            operations=count, worlds=1, steps=driver.world.model.num_launched,
+            blocks_leaked=pool.num_blocks - 1 - pool.num_free,
+        )  # fmt: skip
+    return totals
 
 
 def main() -> int:
@@ -214,17 +224,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     started = time.perf_counter()
-    try:
-        worlds, tokens, leaked = run(args.operations, args.seed)
-    except Exception:
-        traceback.print_exc()
-        return 1
-    seconds = time.perf_counter() - started
-    print(
-        f"operations {args.operations}  worlds {worlds}  tokens {tokens}  blocks leaked {leaked}  "
-        f"seed {args.seed}  seconds {seconds:.1f}"
-    )
-    return 1 if leaked else 0
+    totals = run(args.operations, args.seed)
+    facts = {**totals, "seed": args.seed, "seconds": round(time.perf_counter() - started, 1)}
+    print("  ".join(f"{name} {value}" for name, value in facts.items()))
+    return 1 if totals["blocks_leaked"] else 0
 
 
 if __name__ == "__main__":
