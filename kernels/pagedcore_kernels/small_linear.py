@@ -1,0 +1,278 @@
+"""Multiply a few rows with a weight that is read once: the linear layers of a decode step.
+
+    M rows, up to 64   N outputs   K inputs   P parts of K, each a program of its own
+
+    x         [M, K]      K contiguous, M may have any stride; bfloat16, float16 or float32
+    weight    [N, K]      contiguous, same dtype
+    bias      [N]         contiguous, same dtype; optional
+    partial   [P, tiles of N, BM, BN]   float32 scratch, where P > 1
+    arrivals  [tiles of N]              int32, zero before and after; where P > 1
+    out       [M, N]      contiguous, same dtype as x
+
+Everything else being small, the N * K weights are the traffic, and memory bandwidth the limit.
+
+For one row, a program holds BN weight rows and multiplies them with x element by element: nothing
+is shared, so all of its loads are under way at once. For more rows, x is padded to BM rows of a
+matrix product. Sums over K are cut twice, because a chain of products over all of K would take
+longer than reading the weights: SLICES of K belong to one warp each and are added in shared memory;
+P parts belong to one program each, and the program that arrives last adds them, in their order. So
+results are the same in every run; but the order depends on the plan, and so on M.
+
+Products are exact, sums float32, and the result is rounded once. `TorchOps.linear` is the
+specification.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagedcore_kernels.small_linear_plans import (
+    MAX_ROWS,
+    MIN_DOT_ROWS,
+    DotPlan,
+    Plan,
+    RowPlan,
+    choose_plan,
+)
+
+
+class Scratch:
+    """Arrival counters of one device, for products that run one after the other."""
+
+    def __init__(self, device: torch.device, max_tiles: int = 16384) -> None:
+        self.arrivals = torch.zeros(max_tiles, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _row_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    num_outputs,
+    num_inputs,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    output = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = output < num_outputs
+    row = tl.minimum(output, num_outputs - 1).to(tl.int64) * num_inputs
+    column = tl.arange(0, BK)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros([BN, BK], tl.float32)
+    for first in range(0, num_inputs, BK * UNROLL):
+        for step in tl.static_range(UNROLL):
+            k = first + step * BK + column
+            if EVEN:
+                factor = tl.load(weight + row[:, None] + k[None, :], eviction_policy="evict_first")
+                value = tl.load(x + k)
+            else:
+                within = k < num_inputs
+                source = weight + row[:, None] + k[None, :]
+                factor = tl.load(source, within[None, :], 0.0, eviction_policy="evict_first")
+                value = tl.load(x + k, within, 0.0)
+            total += factor.to(tl.float32) * value.to(tl.float32)[None, :]
+    result = tl.sum(total, 1)
+    if HAS_BIAS:
+        result += tl.load(bias + output, inside, 0.0).to(tl.float32)
+    tl.store(out + output, result.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _dot_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    partial,
+    arrivals,
+    num_rows,
+    num_outputs,
+    num_inputs,
+    x_stride,
+    span,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SLICES: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    row = tl.arange(0, BM)
+    output = tile * BN + tl.arange(0, BN)
+    weight_row = tl.minimum(output, num_outputs - 1).to(tl.int64) * num_inputs
+    column = tl.arange(0, BK)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if SLICES > 1:
+        start = (part * SLICES + tl.arange(0, SLICES)) * span
+        total = tl.zeros([SLICES, BM, BN], tl.float32)
+        for first in range(0, span, BK):
+            k = start[:, None] + (first + column)[None, :]
+            loaded = (row < num_rows)[None, :, None]
+            source = weight + weight_row[None, :, None] + k[:, None, :]
+            if EVEN:
+                factor = tl.load(source)
+            else:
+                within = (k < num_inputs)[:, None, :]
+                loaded &= within
+                factor = tl.load(source, within, 0.0)
+            value = tl.load(x + row[None, :, None] * x_stride + k[:, None, :], loaded, 0.0)
+            total = tl.dot(value, tl.permute(factor, (0, 2, 1)), total, input_precision=PRECISION)
+        result = tl.sum(total, 0)
+    else:
+        result = tl.zeros([BM, BN], tl.float32)
+        for first in range(0, span, BK):
+            k = part * span + first + column
+            loaded = (row < num_rows)[:, None]
+            source = weight + weight_row[:, None] + k[None, :]
+            if EVEN:
+                factor = tl.load(source)
+            else:
+                within = (k < num_inputs)[None, :]
+                loaded &= within
+                factor = tl.load(source, within, 0.0)
+            value = tl.load(x + row[:, None] * x_stride + k[None, :], loaded, 0.0)
+            result = tl.dot(value, tl.trans(factor), result, input_precision=PRECISION)
+
+    in_tile = row[:, None] * BN + tl.arange(0, BN)[None, :]
+    target = out + row[:, None] * num_outputs + output[None, :]
+    inside = (row < num_rows)[:, None] & (output < num_outputs)[None, :]
+    is_last = True
+    if PARTS > 1:
+        tiles = tl.num_programs(0)
+        tl.store(partial + (part * tiles + tile) * (BM * BN) + in_tile, result, inside)
+        tl.debug_barrier()  # all warps have stored before one thread announces it
+        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == PARTS - 1
+        if is_last:
+            tl.store(arrivals + tile, 0)  # for the next product
+            result = tl.zeros([BM, BN], tl.float32)
+            for other in tl.static_range(PARTS):
+                piece = partial + (other * tiles + tile) * (BM * BN) + in_tile
+                result += tl.load(piece, inside, 0.0, cache_modifier=".cg")
+    if is_last:
+        if HAS_BIAS:
+            result += tl.load(bias + output, output < num_outputs, 0.0).to(tl.float32)[None, :]
+        tl.store(target, result.to(out.dtype.element_ty), inside)
+
+
+def is_faster(m: int, n: int, k: int) -> bool:
+    """Whether `linear` beats the vendor's library for m rows, on the GPUs that were measured."""
+    return choose_plan(m, n, k) is not None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scratch: Scratch | None = None,
+    *,
+    plan: Plan | None = None,
+    dependent: bool = False,
+) -> Tensor:
+    """x [M, K] times weight [N, K], plus bias [N]: [M, N] in x's dtype, for M up to MAX_ROWS.
+
+    Without scratch, K is never cut between programs. A `dependent` kernel may start while the one
+    before it ends, and waits for it before it reads anything.
+    """
+    num_rows, num_inputs = x.shape
+    num_outputs = len(weight)
+    assert num_rows <= MAX_ROWS and weight.shape[1] == num_inputs
+    assert x.stride(1) == 1 and weight.is_contiguous() and x.dtype == weight.dtype
+    out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
+    if not num_rows:
+        return out
+    plan = plan or choose_plan(num_rows, num_outputs, num_inputs) or _default(num_rows)
+    if isinstance(plan, RowPlan):
+        _multiply_row(x, weight, bias, out, plan, dependent)
+    else:
+        _multiply_rows(x, weight, bias, out, plan, scratch, dependent)
+    return out
+
+
+def _default(num_rows: int) -> Plan:
+    return RowPlan() if num_rows == 1 else DotPlan()
+
+
+def _multiply_row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, plan: RowPlan, dependent: bool
+) -> None:
+    num_outputs, num_inputs = weight.shape
+    assert len(x) == 1
+    _row_kernel[(triton.cdiv(num_outputs, plan.bn),)](
+        x,
+        weight,
+        bias,
+        out,
+        num_outputs,
+        num_inputs,
+        BN=plan.bn,
+        BK=plan.bk,
+        UNROLL=plan.unroll,
+        EVEN=num_inputs % (plan.bk * plan.unroll) == 0,
+        HAS_BIAS=bias is not None,
+        DEPENDENT=dependent,
+        num_warps=plan.num_warps,
+        launch_pdl=dependent,
+    )
+
+
+def _multiply_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    plan: DotPlan,
+    scratch: Scratch | None,
+    dependent: bool,
+) -> None:
+    num_rows, num_inputs = x.shape
+    num_outputs = len(weight)
+    bm = max(MIN_DOT_ROWS, triton.next_power_of_2(num_rows))
+    tiles = triton.cdiv(num_outputs, plan.bn)
+    parts = 1 if scratch is None else plan.parts
+    pieces = plan.slices * parts
+    span = triton.cdiv(num_inputs, pieces * plan.bk) * plan.bk
+    partial, arrivals = None, None
+    if scratch is not None and parts > 1:
+        assert tiles <= len(scratch.arrivals)
+        arrivals = scratch.arrivals
+        partial = torch.empty(parts * tiles * bm * plan.bn, dtype=torch.float32, device=x.device)
+    _dot_kernel[(tiles, parts)](
+        x,
+        weight,
+        bias,
+        out,
+        partial,
+        arrivals,
+        num_rows,
+        num_outputs,
+        num_inputs,
+        x.stride(0),
+        span,
+        BM=bm,
+        BN=plan.bn,
+        BK=plan.bk,
+        SLICES=plan.slices,
+        PARTS=parts,
+        EVEN=span * pieces == num_inputs,
+        HAS_BIAS=bias is not None,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        DEPENDENT=dependent,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        launch_pdl=dependent,
+    )

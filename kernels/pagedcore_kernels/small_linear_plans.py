@@ -1,0 +1,60 @@
+"""How products of a few rows are cut, by shape: what `bench/linear_sampling.py --tune` found."""
+
+from dataclasses import dataclass
+
+MAX_ROWS = 64
+MIN_DOT_ROWS = 16  # of a matrix product on tensor cores
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """For one row: each program takes bn weight rows, and loads bk * unroll columns at once."""
+
+    bn: int = 4
+    bk: int = 1024
+    num_warps: int = 4
+    unroll: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DotPlan:
+    """For a few rows: each program takes bn weight rows and 1 / parts of their columns.
+
+    Its warps share that among them in `slices`, and load bk columns of each slice at a time.
+    """
+
+    bn: int = 16
+    bk: int = 64
+    slices: int = 4
+    parts: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+Plan = RowPlan | DotPlan
+
+_MIN_WEIGHTS = 2**19
+"""Below, everything is launch latency, and no plan helps."""
+
+
+def choose_plan(m: int, n: int, k: int) -> Plan | None:
+    """The plan for m rows with a weight [n, k]; None where the vendor's library is as fast."""
+    if not 1 <= m <= MAX_ROWS or n * k < _MIN_WEIGHTS or k % 8:
+        return None
+    if m == 1:
+        return row_plan(k)
+    return dot_plan(m, n, k)
+
+
+def row_plan(k: int) -> RowPlan:
+    """Four weight rows per program; as many columns in flight as registers hold."""
+    if k % 1024 == 0:
+        return RowPlan(4, 1024, 4, 4 if k % 4096 == 0 else 3 if k % 3072 == 0 else 1)
+    return RowPlan(4, 512, 2, 1)
+
+
+def dot_plan(m: int, n: int, k: int) -> DotPlan | None:
+    """Narrow tiles where there are few outputs, so that all processors read."""
+    if m > 16:
+        return None
+    return DotPlan(16 if n <= 8192 else 32, 64, 4, 1, 4, 4)
