@@ -2,9 +2,13 @@
 
     T tokens   H query heads   K kv heads   D head size   N blocks   B positions per block
 
-Keys and values of a layer are two tensors [N, B, K, D]: a slot is one row of [N * B, K, D].
-Attention has a module of its own, `torch_attention.py`.
+A layer's cache is one tensor [N, B, 2K, D], `LayerCache.key`: the keys of a slot, then its values,
+so that a step's tokens are written, and a block is read, in one go. `LayerCache.value` is the part
+of it that holds values. Attention has a module of its own, `torch_attention.py`.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +16,26 @@ from torch.nn import functional
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
-from pagedcore.execution.torch_attention import attend
+from pagedcore.execution.torch_attention import Plan, attend, begun_blocks, plan_attention
 from pagedcore.execution.torch_sampling import sample
 
 
 class TorchOps:
-    """The `torch` backend, for any device."""
+    """The `torch` backend, for any device.
+
+    Small steps on a CPU are bound by the number of calls, about a microsecond each, so operations
+    prefer few calls over little memory. Products in bfloat16 go to oneDNN, with weights in its own
+    layout: half the time of the plain layout for one token, the same for many.
+    """
 
     name = "torch"
     block_size = 16
     supports_graphs = False
-    """Attention over prompts reads lengths on the host."""
+    """Attention reads lengths on the host."""
 
     def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
+        self._device = torch.device(device)
+        self._packs = self._device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def begin_step(self, batch: StepBatch) -> None:
         """See `Ops.begin_step`."""
@@ -60,22 +70,30 @@ class TorchOps:
 
     def pack_linear(self, weight: Tensor) -> Tensor:
         """See `Ops.pack_linear`."""
+        if self._packs and weight.dtype == torch.bfloat16:
+            packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+            return packed
         return weight
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Ops.linear`."""
+        if weight.is_mkldnn:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+                x, weight, bias, "none", [], ""
+            )
+            return out
         return functional.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
-        return functional.rms_norm(x, weight.shape, weight, eps)
+        return _normed(x.float(), weight, eps).to(x.dtype)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.add_rms_norm`."""
         total = residual.add_(x)
-        return functional.rms_norm(total, weight.shape, weight, eps), total
+        return self.rms_norm(total, weight, eps), total
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See `Ops.silu_mul`."""
@@ -92,9 +110,9 @@ class TorchOps:
         device: torch.device,
     ) -> LayerCache:
         """See `Ops.new_cache`."""
-        shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return LayerCache(spec, group, block_size, key, value)
+        shape = (num_blocks, block_size, 2 * spec.num_kv_heads, spec.head_dim)
+        store = torch.zeros(shape, dtype=dtype, device=device)
+        return LayerCache(spec, group, block_size, store, store[:, :, spec.num_kv_heads :])
 
     def rope_and_cache(
         self,
@@ -106,29 +124,27 @@ class TorchOps:
         batch: StepBatch,
     ) -> None:
         """See `Ops.rope_and_cache`."""
-        num_kv_heads, head_dim = cache.spec.num_kv_heads, cache.spec.head_dim
-        heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
-        turned = heads[:, : num_heads + num_kv_heads]
-        if rope is not None or norm is not None:
+        num_kv_heads = cache.spec.num_kv_heads
+        heads = qkv.view(len(qkv), -1, cache.spec.head_dim)
+        turned = heads[:, :-num_kv_heads]
+        if norm is not None or rope is not None:
             value = turned.float()
             if norm is not None:
-                query, key = value[:, :num_heads], value[:, num_heads:]
-                value = torch.cat(
-                    [
-                        functional.rms_norm(
-                            query, (head_dim,), norm.query_weight.float(), norm.eps
-                        ),
-                        functional.rms_norm(key, (head_dim,), norm.key_weight.float(), norm.eps),
-                    ],
-                    1,
+                weight = _once(
+                    batch, id(norm), lambda: _head_weights(norm, num_heads, num_kv_heads)
                 )
+                value = _normed(value, weight, norm.eps)
             if rope is not None:
-                value = _rotate(value, rope, batch.positions)
+                value = _rotate(value, rope, *_once(batch, id(rope), lambda: _angles(rope, batch)))
             turned.copy_(value)
         slots = batch.slots[cache.group]
-        key, value = heads[:, num_heads:].chunk(2, 1)
-        cache.key.flatten(0, 1).index_copy_(0, slots, key.to(cache.key.dtype))
-        cache.value.flatten(0, 1).index_copy_(0, slots, value.to(cache.value.dtype))
+        begun = _once(batch, ("begun", cache.group), lambda: begun_blocks(slots, cache.block_size))
+        store, keys_values = cache.key, heads[:, num_heads:].to(cache.key.dtype)
+        if store.itemsize == 1:  # there is no indexing for float8
+            store, keys_values = store.view(torch.uint8), keys_values.view(torch.uint8)
+        if len(begun):
+            store.index_fill_(0, begun, 0)
+        store.flatten(0, 1).index_copy_(0, slots, keys_values)
 
     def attention(
         self,
@@ -140,7 +156,7 @@ class TorchOps:
         soft_cap: float | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
-        return attend(qkv, num_heads, scale, cache, batch, soft_cap)
+        return attend(qkv, num_heads, scale, cache, _plan(batch, cache, qkv.dtype), soft_cap)
 
     def moe(
         self,
@@ -153,39 +169,77 @@ class TorchOps:
         normalize: bool,
     ) -> Tensor:
         """See `Ops.moe`."""
-        probabilities = router_logits.float().softmax(-1)
-        weights, experts = probabilities.topk(num_chosen, -1)
+        weights, experts = router_logits.float().softmax(-1).topk(num_chosen, -1)
         if normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in sorted(set(experts.flatten().tolist())):
             token, choice = torch.where(experts == expert)
-            out = functional.linear(
-                self.silu_mul(functional.linear(x[token], gate_up[expert])), down[expert]
-            )
-            mixed.index_add_(0, token, out.float() * weights[token, choice, None])
+            inner = self.silu_mul(functional.linear(x[token], gate_up[expert]))
+            out = functional.linear(inner, down[expert]).float()
+            mixed.index_add_(0, token, out.mul_(weights[token, choice, None]))
         return mixed.to(x.dtype)
 
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
         """See `Ops.copy_blocks`."""
+        store = cache.key
         for source, destination, count in copies.tolist():
-            cache.key[destination, :count] = cache.key[source, :count]
-            cache.value[destination, :count] = cache.value[source, :count]
+            store[destination, :count] = store[source, :count]
+            store[destination, count:] = 0  # what was there may be NaN; see `torch_attention`
 
     def sample(self, logits: Tensor, sampling: SamplingTensors) -> Tensor:
         """See `Ops.sample`."""
         return sample(logits, sampling)
 
 
-def _rotate(heads: Tensor, rope: RopeTable, positions: Tensor) -> Tensor:
-    """Turn heads [T, heads, D] float32 by the angles of their positions."""
-    rotated = rope.cos_sin.shape[1]
-    cos, sin = rope.cos_sin[positions][:, None].chunk(2, -1)
-    head, rest = heads[..., :rotated], heads[..., rotated:]
+def _once(batch: StepBatch, key: object, make: Callable[[], Any]) -> Any:
+    """What `make` derives from the step: once, if the step's layers share."""
+    if batch.shared is None:
+        return make()
+    if key not in batch.shared:
+        batch.shared[key] = make()
+    return batch.shared[key]
+
+
+def _plan(batch: StepBatch, cache: LayerCache, dtype: torch.dtype) -> Plan:
+    """What attention does alike in all layers of a group, since their specs are equal."""
+
+    def make() -> Plan:
+        return plan_attention(batch, cache.group, cache.block_size, cache.spec, dtype)
+
+    found: Plan = _once(batch, ("attention", cache.group, dtype), make)
+    return found
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [..., h] float32 over its last dimension, times weight."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight)
+
+
+def _head_weights(norm: QKNorm, num_heads: int, num_kv_heads: int) -> Tensor:
+    """The norm's weights [H + K, D], for queries and then keys."""
+    query = norm.query_weight.float().expand(num_heads, -1)
+    return torch.cat([query, norm.key_weight.float().expand(num_kv_heads, -1)])
+
+
+def _angles(rope: RopeTable, batch: StepBatch) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, rotated] by which `_rotate` multiplies each element."""
+    cos, sin = rope.cos_sin.index_select(0, batch.positions)[:, None].chunk(2, -1)
     if rope.interleaved:
-        first, second = head[..., 0::2], head[..., 1::2]
+        pairs = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)
+        return pairs[0].flatten(-2), pairs[1].flatten(-2)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def _rotate(heads: Tensor, rope: RopeTable, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the leading elements of heads [T, heads, D] float32."""
+    rotated = cos.shape[-1]
+    head = heads[..., :rotated]
+    if rope.interleaved:
+        other = head.view(*head.shape[:2], -1, 2).flip(-1).flatten(-2)
     else:
-        first, second = head.chunk(2, -1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    head = torch.stack(turned, -1).flatten(-2) if rope.interleaved else torch.cat(turned, -1)
-    return torch.cat([head, rest], -1) if rest.shape[-1] else head
+        other = head.roll(rotated // 2, -1)
+    turned = (head * cos).addcmul_(other, sin)
+    return torch.cat([turned, heads[..., rotated:]], -1) if rotated < heads.shape[-1] else turned
