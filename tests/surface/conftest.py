@@ -24,7 +24,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pagedcore.testing.steered_engine import EngineHandle
 
-FACES = {"asgi": "pagedcore_openai.serve:serve"}
+FACES = {
+    "asgi": "pagedcore_openai.serve:serve",
+    "litserve": "pagedcore_litserve.serve:serve",
+}
 
 END = 256
 """The end-of-sequence token of the served model; lower ids are bytes."""

@@ -81,30 +81,34 @@ class Front:
             callbacks.trigger_event(EventTypes.ON_RESPONSE.value, litserver=server)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The surfaces begin after LitServe, and end after it."""
-        loop = asyncio.get_running_loop()
+        """The surfaces begin after LitServe's app, and end after it."""
         departure = Departure.of(scope["app"], self._spec)
         tasks: list[asyncio.Task[None]] = []
 
         async def send_and_follow(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
-                self._spec.fronts[loop] = self
-                departure.join(self.surfaces)
-                works = [self._load(departure)]
-                if _is_first() and self._spec._server.logger_queue is not None:
-                    works.append(self._log_stats())
-                tasks.extend(map(asyncio.create_task, works))
+                tasks.extend(self._begin(departure))
+            elif message["type"].startswith("lifespan.shutdown."):
+                await self._end(departure, tasks)
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_and_follow)
-        finally:
-            self._spec.fronts.pop(loop, None)
-            for task in tasks:
-                task.cancel()
-            departure.leave()
-            for surface in self.surfaces:
-                await surface.close()
+        await self._app(scope, receive, send_and_follow)
+
+    def _begin(self, departure: Departure) -> list[asyncio.Task[None]]:
+        self._spec.fronts[asyncio.get_running_loop()] = self
+        departure.join(self.surfaces)
+        works = [self._load(departure)]
+        if _is_first() and self._spec._server.logger_queue is not None:
+            works.append(self._log_stats())
+        return [asyncio.create_task(work) for work in works]
+
+    async def _end(self, departure: Departure, tasks: list[asyncio.Task[None]]) -> None:
+        del self._spec.fronts[asyncio.get_running_loop()]
+        for task in tasks:
+            task.cancel()
+        for surface in self.surfaces:
+            await surface.close()
+        departure.leave()
 
     async def _load(self, departure: Departure) -> None:
         """Wait until the engines are ready, and say so once."""

@@ -56,6 +56,7 @@ class Supervisor:
         self._deadline: float | None = None
         self._api_servers: set[BaseProcess] = set()
         self._workers: set[BaseProcess] = set()
+        self._dead: set[BaseProcess] = set()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._over = threading.Event()
         self._failures: list[socket.socket] = []
@@ -137,8 +138,10 @@ class Supervisor:
 
     def _look_at_workers(self) -> None:
         self._workers |= set(getattr(self._lit_server, "inference_workers", ()))
-        for process in [process for process in self._workers if not process.is_alive()]:
-            self._workers.remove(process)  # LitServe may have replaced it already
+        # LitServe may have replaced a dead one already, or not yet.
+        dead = {process for process in self._workers - self._dead if not process.is_alive()}
+        self._dead |= dead
+        for process in dead:
             now = time.monotonic()
             status = process.exitcode
             again = self._lit_server.restart_workers and self._api_servers

@@ -174,6 +174,11 @@ def write_model(folder):
     (folder / "config.json").write_text("{}")
 
 
+@pytest.fixture(scope="session", name="write_model")
+def _write_model():
+    return write_model
+
+
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
     """Start a program that serves: `with launch(code, argument) as program`.
