@@ -1,0 +1,59 @@
+"""Search for the best settings of both attention kernels, for the shapes of a few cases."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from triton.errors import TritonError
+
+from pagedcore_kernels.bench.clock import time_calls
+from pagedcore_kernels.bench.speed import AttentionCase, Pool, decode_calls, extend_calls
+from pagedcore_kernels.decode_attention import DecodeConfig
+from pagedcore_kernels.extend_attention import ExtendConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One setting in one case."""
+
+    case: str
+    config: DecodeConfig | ExtendConfig
+    rate: float
+    """Bytes or operations per second."""
+
+
+def decode_configs() -> Iterator[DecodeConfig]:
+    """Settings whose programs fit a multiprocessor of 227 KiB together."""
+    for tile, warps, stages, programs in product((64, 32), (2, 4, 8), (2, 3, 4), (1, 2, 3, 4)):
+        if programs * (stages - 1) * tile * 512 <= 200_000 and programs * warps <= 16:
+            for min_share in (4,) if tile == 64 else (8,):
+                yield DecodeConfig(tile, warps, stages, programs, min_share)
+
+
+def extend_configs() -> Iterator[ExtendConfig]:
+    """Settings that fit one multiprocessor."""
+    for queries, keys, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        if (queries + 2 * keys * stages) * 256 <= 232_000 and queries // warps <= 32:
+            yield ExtendConfig(queries, keys, warps, stages)
+
+
+def tune(
+    cases: list[AttentionCase],
+    pool: Pool,
+    num_sms: int,
+    configs: list[DecodeConfig] | list[ExtendConfig],
+) -> Iterator[Trial]:
+    """Time every setting in every case; those that do not compile are left out."""
+    for case in cases:
+        for config in configs:
+            try:
+                if isinstance(config, DecodeConfig):
+                    calls = decode_calls(case, pool, config, num_sms)
+                    work = case.bytes_read
+                else:
+                    calls = extend_calls(case, pool, config)
+                    work = case.operations
+                passed = time_calls(calls, budget_s=0.02)
+            except TritonError:
+                continue
+            yield Trial(str(case), config, work / passed.median * 1e6)
