@@ -98,11 +98,12 @@ def _dot_kernel(
     num_inputs,
     x_stride,
     span,
+    parts,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     SLICES: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -152,15 +153,15 @@ def _dot_kernel(
     target = out + row[:, None] * num_outputs + output[None, :]
     inside = (row < num_rows)[:, None] & (output < num_outputs)[None, :]
     is_last = True
-    if PARTS > 1:
+    if SPLIT:
         tiles = tl.num_programs(0)
         tl.store(partial + (part * tiles + tile) * (BM * BN) + in_tile, result, inside)
         tl.debug_barrier()  # all warps have stored before one thread announces it
-        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == PARTS - 1
+        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == parts - 1
         if is_last:
             tl.store(arrivals + tile, 0)  # for the next product
             result = tl.zeros([BM, BN], tl.float32)
-            for other in tl.static_range(PARTS):
+            for other in range(parts):
                 piece = partial + (other * tiles + tile) * (BM * BN) + in_tile
                 result += tl.load(piece, inside, 0.0, cache_modifier=".cg")
     if is_last:
@@ -263,11 +264,12 @@ def _multiply_rows(
         num_inputs,
         x.stride(0),
         span,
+        parts,
         BM=bm,
         BN=plan.bn,
         BK=plan.bk,
         SLICES=plan.slices,
-        PARTS=parts,
+        SPLIT=parts > 1,
         EVEN=span * pieces == num_inputs,
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
