@@ -163,6 +163,8 @@ class Engine:
         self._executor.shutdown()
 
     def _launch_next(self) -> bool:
+        if self._in_flight and isinstance(self._in_flight[-1].pending, _FailedStep):
+            return False  # the device has not seen it, so nothing may build on it
         started = time.perf_counter()
         plan = self._scheduler.plan_step()
         if plan is None:

@@ -1,6 +1,8 @@
 """What a finished step means: tokens appended, sequences ended, failures contained.
 
-S sequences in the step    K of them produced a token
+    S sequences in the step
+
+Sequences may have ended, been preempted or begun again since the step was planned: tickets tell.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

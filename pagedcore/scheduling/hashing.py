@@ -19,6 +19,8 @@ DEFAULT_SEED = "pagedcore-prefix-v1"
 """Equal in all processes, so that their hashes agree (KV-2)."""
 
 Extra = tuple[Any, ...] | None
+Digest = Callable[[bytes], bytes]
+Packer = Callable[[bytes, Any, Extra], bytes]
 
 
 class BlockHasher:
@@ -35,8 +37,8 @@ class BlockHasher:
             )
         self.is_cryptographic = algorithm.startswith("sha256")
         """Otherwise a hit must compare the tokens as well (KV-13)."""
-        self._digest, self._pack = _ALGORITHMS[algorithm]()
-        self.first_parent = self._digest(self._pack(b"", [], (self._seed(),)))
+        self._digest, self._pack, pack_seed = _ALGORITHMS[algorithm]()
+        self.first_parent = self._digest(pack_seed(self._seed()))
         """The parent of block 0 (KV-2)."""
 
     def hash(self, parent: bytes, tokens: NDArray[np.int32], extra: Extra) -> bytes:
@@ -81,23 +83,26 @@ def _head(parent_size: int, data_size: int) -> bytes:
     return b"%d,%d;" % (parent_size, data_size)
 
 
-def _cbor_packer() -> Callable[[bytes, Any, Extra], bytes]:
-    cbor2 = _library("cbor2")
+def _cbor() -> tuple[Packer, Callable[[str], bytes]]:
+    """RFC 8949, section 4.2: deterministic encoding."""
+    dumps = _library("cbor2").dumps
 
     def pack(parent: bytes, tokens: Any, extra: Extra) -> bytes:
-        """RFC 8949, section 4.2: deterministic encoding."""
         content = [parent, np.asarray(tokens).tolist(), list(extra) if extra else None]
-        return bytes(cbor2.dumps(content, canonical=True))
+        return bytes(dumps(content, canonical=True))
 
-    return pack
+    def pack_seed(seed: str) -> bytes:
+        return bytes(dumps(seed, canonical=True))
+
+    return pack, pack_seed
 
 
 def _sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def _xxh3() -> Callable[[bytes], bytes]:
-    digest: Callable[[bytes], bytes] = _library("xxhash").xxh3_128_digest  # big-endian
+def _xxh3() -> Digest:
+    digest: Digest = _library("xxhash").xxh3_128_digest  # big-endian
     return digest
 
 
@@ -110,11 +115,9 @@ def _library(name: str) -> ModuleType:
         ) from error
 
 
-_ALGORITHMS: dict[
-    str, Callable[[], tuple[Callable[[bytes], bytes], Callable[[bytes, Any, Extra], bytes]]]
-] = {
-    "sha256": lambda: (_sha256, _pack_raw),
-    "sha256_cbor": lambda: (_sha256, _cbor_packer()),
-    "xxhash": lambda: (_xxh3(), _pack_raw),
-    "xxhash_cbor": lambda: (_xxh3(), _cbor_packer()),
+_ALGORITHMS: dict[str, Callable[[], tuple[Digest, Packer, Callable[[str], bytes]]]] = {
+    "sha256": lambda: (_sha256, _pack_raw, str.encode),
+    "sha256_cbor": lambda: (_sha256, *_cbor()),
+    "xxhash": lambda: (_xxh3(), _pack_raw, str.encode),
+    "xxhash_cbor": lambda: (_xxh3(), *_cbor()),
 }

@@ -1,6 +1,9 @@
 """One step's plan: spend the token budget on running rows, then on those that wait.
 
-S sequences in the step
+    S sequences in the step
+
+Running rows come first, oldest first, and preempt each other when blocks run out; who waits never
+preempts anybody.
 """
 
 from dataclasses import dataclass, field
@@ -160,6 +163,7 @@ class Planner:
     def _reserve(self, row: int, want: int, granted: dict[int, int], draft: _Draft) -> bool:
         """Preempt others until `row` has its slots; False when the policy chose the row itself."""
         table, one = self._table, np.array([row], np.int32)
+        self._pager.slide(one)
         while not self._pager.reserve(one, np.array([want], np.int32)):
             running = table.running.tolist()
             requests = [table.sequence(other).request for other in running]

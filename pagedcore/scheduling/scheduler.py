@@ -3,13 +3,14 @@
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from pagedcore.cache_spec import CacheGroup
 from pagedcore.config import SchedulerConfig
 from pagedcore.errors import ConfigError, OverloadedError, RequestError
-from pagedcore.request import FinishReason, Request
+from pagedcore.request import FinishReason, Request, SamplingParams
 from pagedcore.scheduling.blocks import BlockPool
 from pagedcore.scheduling.collector import Collector
 from pagedcore.scheduling.hashing import BlockHasher
@@ -103,7 +104,8 @@ class Scheduler:
     def fork(self, request_id: int, children: Sequence[Request]) -> None:
         """Let `children` go on from what a live request has now (semantics FORK-1).
 
-        They take over its prompt, outputs, salt, priority and arrival. Raises RequestError for an
+        They take over its prompt, outputs, salt, priority and arrival; one that has the very same
+        params as its parent draws with a seed of its own (FORK-9). Raises RequestError for an
         unknown or finished request, and when children are too many or could not produce a token.
         """
         parent = self._roster.find(request_id)
@@ -114,7 +116,9 @@ class Scheduler:
         self._check_new(children)
         outputs = self._roster.outputs(parent)
         check_children(len(outputs), children)
-        for child in children:
+        for number, child in enumerate(children, 1):
+            if child.params is parent.request.params:
+                child.params = _reseeded(child.params, number)
             child.prompt_token_ids = parent.request.prompt_token_ids
             child.output_token_ids = list(outputs)
             child.cache_salt = parent.request.cache_salt
@@ -242,6 +246,13 @@ class Scheduler:
             if limit and waiting + asked > limit:
                 self._num_rejected[reason] += 1
                 raise OverloadedError(f"the queue is full ({name} is {limit})", reason)
+
+
+def _reseeded(params: SamplingParams, number: int) -> SamplingParams:
+    """What a child that inherits its parameters draws with: seed + number, as 64 bits (FORK-9)."""
+    if params.seed is None:
+        return params
+    return replace(params, seed=(params.seed + number + 2**63) % 2**64 - 2**63)
 
 
 def _step_limits(config: SchedulerConfig, max_model_len: int) -> tuple[int, int]:

@@ -88,7 +88,7 @@ class Driver:
     def new_request(self, length: int | None = None):
         rng, world = self.rng, self.world
         if length is None:
-            length = min(rng.choice([1, 2, 3, 4, 5, 6, 8, 10, 15, 20]), world._longest - 1)
+            length = min(rng.choice([1, 2, 3, 4, 5, 6, 8, 10, 15, 20]), world.longest - 1)
         family = rng.choice([0, 0, 1])  # many begin alike
         prompt = [family] * (length - 1) + [rng.randrange(2)]
         if rng.random() < 0.3:
@@ -136,7 +136,7 @@ class Driver:
             self.world.abort(self.rng.sample(ids, min(count, len(ids))))
 
     def abort_unknown(self) -> None:
-        dead = self.rng.randint(1, self.world.next_id + 1)
+        dead = self.rng.randint(1, self.world.num_requests + 1)
         if dead not in self.world.live:
             self.world.abort([dead])
 
@@ -145,7 +145,7 @@ class Driver:
             self.world.preempt(self.rng.choice(list(self.world.live)))
 
     def add_oversized(self) -> None:
-        self.world.refuse(self.new_request(self.world._longest + self.rng.choice([0, 1, 50])))
+        self.world.refuse(self.new_request(self.world.longest + self.rng.choice([0, 1, 50])))
 
     def add_again(self) -> None:
         if self.world.live:
