@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 _COMPILER_FAILURES = ("PassManager", "C compiler")
 """In the RuntimeErrors of triton's compiler, which have no class of their own."""
 
+_READS_ON_HOST = frozenset({"attention", "moe"})
+"""Operations of a step whose plain version a graph cannot hold."""
+
 
 class Replaceable(Protocol):
     """A backend whose operations can be replaced, one by one."""
@@ -44,8 +47,8 @@ def with_fallback(
 
     A kernel is compiled when a dtype or a shape first needs it, so any call may be the one that
     fails; a `try` without an exception costs nothing. An error of compilation comes before the
-    kernel starts, so its operands are as they were. Plain operations may read on the host, so that
-    steps are no longer captured.
+    kernel starts, so its operands are as they were. Where the plain operation reads on the host,
+    steps can no longer be captured.
     """
     name = operation.__name__
 
@@ -65,7 +68,7 @@ def with_fallback(
                     lines[-1],
                 )
                 self.replaced.add(name)
-                self.supports_graphs = False
+                self.supports_graphs &= name not in _READS_ON_HOST
         plain: Callable[P, R] = getattr(self.plain, name)
         return plain(*args, **kwargs)
 

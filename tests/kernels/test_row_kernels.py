@@ -1,0 +1,63 @@
+"""Norms and the activation against float64, on strided and odd rows."""
+
+import pytest
+import torch
+
+from pagedcore_kernels.activation import silu_mul
+from pagedcore_kernels.norms import add_rms_norm, rms_norm
+
+LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3}
+SHAPES = [(1, 1), (3, 7), (5, 64), (2, 1000), (4, 1536)]
+
+
+def draw(rows, columns, dtype, device, seed=0):
+    """Values in the front of wider rows that hold NaN behind."""
+    rng = torch.Generator(device).manual_seed(seed)
+    wide = torch.full((rows, columns + 8), torch.nan, dtype=dtype, device=device)
+    wide[:, :columns] = torch.randn(rows, columns, generator=rng, device=device)
+    return wide[:, :columns]
+
+
+def norm_of(x, weight, eps):
+    x = x.double()
+    return x * (x.square().mean(1, keepdim=True) + eps).rsqrt() * weight.double()
+
+
+def assert_near(got, want, dtype):
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() <= LIMITS[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_are_normed_and_scaled(shape, dtype, device):
+    x = draw(*shape, dtype, device)
+    weight = draw(1, shape[1], dtype, device, seed=1)[0]
+    before = x.clone()
+    assert_near(rms_norm(x, weight, 1e-5), norm_of(x, weight, 1e-5), dtype)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_sum_is_rounded_before_it_is_normed(shape, dtype, device):
+    x, residual = draw(*shape, dtype, device), draw(*shape, dtype, device, seed=1)
+    weight = draw(1, shape[1], dtype, device, seed=2)[0]
+    total = x + residual
+    normed, summed = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(summed, total)
+    assert_near(normed, norm_of(total, weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("shape", [(1, 2), (3, 14), (5, 128), (2, 3000)])
+def test_the_gate_weighs_its_partner(shape, dtype, device):
+    gate_up = draw(*shape, dtype, device)
+    gate, up = gate_up.double().chunk(2, 1)
+    assert_near(silu_mul(gate_up), torch.nn.functional.silu(gate) * up, dtype)
+
+
+def test_a_step_without_tokens_is_empty(device):
+    x = torch.empty(0, 16, device=device)
+    assert rms_norm(x, torch.ones(16, device=device), 1e-5).shape == (0, 16)
+    assert silu_mul(x).shape == (0, 8)
