@@ -6,6 +6,8 @@ of `pagedcore serve` and a keyword of every mount. No web framework is known her
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from pagedcore.errors import ConfigError
 from pagedcore.request import SamplingLimits
@@ -16,6 +18,20 @@ API_KEY_VARIABLE = "PAGEDCORE_API_KEY"
 
 def _keys_from_environment() -> tuple[str, ...]:
     return tuple(filter(None, os.environ.get(API_KEY_VARIABLE, "").split(",")))
+
+
+def _keys_from_file(path: str) -> list[str]:
+    """The keys of a file; raises ConfigError where there is none, without repeating a line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ConfigError(f"api_key_file: cannot read {path}: {reason}") from None
+    keys = [line.strip() for line in lines]
+    keys = [key for key in keys if key and not key.startswith("#")]
+    if not keys:
+        raise ConfigError(f"api_key_file: {path} holds no key; write one a line")
+    return keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +47,20 @@ class ServerConfig:
     api_key: tuple[str, ...] = field(default_factory=_keys_from_environment, repr=False)
     """Keys that clients may present, one or more; also PAGEDCORE_API_KEY (AUTH-1)."""
 
+    api_key_file: str | None = None
+    """File with further keys, one a line; empty lines and those that begin with # are skipped."""
+
     auth_exempt_paths: tuple[str, ...] = ("/health", "/livez", "/readyz", "/ping")
     """Paths that need no key."""
 
     max_request_bytes: int = 32 * 2**20
     """Most bytes of a request's body; more is 413."""
+
+    max_body_chunks: int = 65536
+    """Most chunks of a chunked body; more is 400."""
+
+    max_json_depth: int = 128
+    """Most brackets within each other in a body; more is 400."""
 
     max_header_bytes: int = 64 * 2**10
     """Most bytes of all headers of a request; more is 431."""
@@ -85,8 +110,26 @@ class ServerConfig:
     max_inflight_per_key: int = 0
     """Most HTTP requests of one API key at the same time; more are 429. 0 is no limit."""
 
+    max_requests_per_minute: int = 0
+    """Most inference requests of one API key in any minute; more are 429. 0 is no limit."""
+
     trust_request_chat_template: bool = False
     """Let requests bring their own chat template (REQ-9)."""
+
+    enable_admin_api: bool = False
+    """Offer the routes that change the server, such as /reset_prefix_cache (HTTP-3)."""
+
+    metrics_alias: Literal["vllm"] | None = None
+    """Also export each metric under the names that vLLM's dashboards use (METRIC-4)."""
+
+    allowed_origins: tuple[str, ...] = ()
+    """Web origins that browsers may call from, such as https://example.org; by default none."""
+
+    ssl_certfile: str | None = None
+    """PEM file with the certificate chain; with it, the server speaks TLS."""
+
+    ssl_keyfile: str | None = None
+    """PEM file with the certificate's key, when that is not in `ssl_certfile`."""
 
     enable_log_requests: bool = False
     """Log one line per request, without its text."""
@@ -102,6 +145,9 @@ class ServerConfig:
             raise ConfigError("host must not be empty; 0.0.0.0 is every network of the machine")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in 0..65535, not {self.port}")
+        if self.api_key_file is not None:
+            keys = (*self.api_key, *_keys_from_file(self.api_key_file))
+            object.__setattr__(self, "api_key", tuple(dict.fromkeys(keys)))
         if any(not key or key.strip() != key for key in self.api_key):
             raise ConfigError("api_key must hold keys that are not empty and have no outer spaces")
         for path in self.auth_exempt_paths:
@@ -113,6 +159,12 @@ class ServerConfig:
         for name in ("http_read_timeout", "template_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0 seconds, not {getattr(self, name)}")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigError("ssl_keyfile needs ssl_certfile")
+        for name in ("ssl_certfile", "ssl_keyfile"):
+            path = getattr(self, name)
+            if path is not None and not os.access(path, os.R_OK):
+                raise ConfigError(f"{name}: {path} is no file that can be read")
 
     @property
     def sampling_limits(self) -> SamplingLimits:
@@ -128,6 +180,8 @@ class ServerConfig:
 
 _LEAST: dict[str, int] = {
     "max_request_bytes": 1,
+    "max_body_chunks": 1,
+    "max_json_depth": 1,
     "max_header_bytes": 1,
     "max_header_count": 1,
     "max_n": 1,
@@ -139,6 +193,7 @@ _LEAST: dict[str, int] = {
     "stream_interval": 1,
     "sse_keepalive_interval": 0,
     "max_inflight_per_key": 0,
+    "max_requests_per_minute": 0,
     "shutdown_timeout": 0,
     "num_api_servers": 1,
 }

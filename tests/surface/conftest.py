@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"hostile inputs withstood: {outcomes['passed']} of {total}")
 
 
-def write_model(folder):
+def write_model(folder, template=TEMPLATE):
     """A model folder without weights: 256 byte tokens, an end-of-sequence token, a template."""
     vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
     vocab["<end>"] = END
@@ -81,7 +81,9 @@ def write_model(folder):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<end>", "chat_template": TEMPLATE}
+    config = {"eos_token": "<end>"}
+    if template is not None:
+        config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text("{}")
 
@@ -239,9 +241,9 @@ def start(face, tmp_path_factory):
     """Start a server of one's own: `with start(max_n=2, engine={"max_num_seqs": 1}) as server`."""
 
     @contextlib.contextmanager
-    def starting(*, engine=None, environment=None, wait=True, **options):
+    def starting(*, engine=None, template=TEMPLATE, environment=None, wait=True, **options):
         folder = tmp_path_factory.mktemp("model")
-        write_model(folder)
+        write_model(folder, template)
         port = free_port()
         settings = {"model": str(folder), "served_model_name": ["fake", "alias"], **(engine or {})}
         settings.setdefault("max_model_len", MODEL_LENGTH)

@@ -11,8 +11,9 @@ from pagedcore.step import TokenLogprobs
 from pagedcore.text.inputs import EngineInput
 from pagedcore.text.output_text import OutputText
 from pagedcore.text.tokenizer import Tokenizer
+from pagedcore_openai.counters import Slot
 from pagedcore_openai.errors import ApiError
-
+from pagedcore_openai.timing import RequestTiming, now
 
 MAX_QUEUED_TOKENS = 4096
 """How far behind the reader of one choice may fall (STREAM-10)."""
@@ -131,12 +132,18 @@ class Answer:
         cache_salt: str | None = None,
         interval: int = 1,
         every_token: bool = False,
+        deadline: float | None = None,
+        arrival: float,
+        slot: Slot,
         on_overflow: Callable[[], None] | None = None,
     ) -> None:
         """Prepare; nothing is sent before `admitted`.
 
         :param interval: tokens that a piece waits for, after the first token (STREAM-4).
         :param every_token: whether tokens make a piece before they have made text.
+        :param deadline: when everything must be there, in the event loop's time; else ApiError 408.
+        :param arrival: when the request came, in the same time.
+        :param slot: what counts and times are told to.
         :param on_overflow: called when nobody reads and the request was aborted (STREAM-10).
         """
         self.inputs = inputs
@@ -156,6 +163,13 @@ class Answer:
             )
             for item in inputs
         ]
+        self._deadline = deadline
+        self._timer: asyncio.TimerHandle | None = None
+        self._slot = slot
+        self._timings = [
+            RequestTiming(slot, item.params, len(item.prompt_token_ids), arrival) for item in inputs
+        ]
+        self._num_cached = [0] * len(inputs)
         for generation in self._generations:
             generation.max_queued_tokens = _max_queued_tokens(inputs)
         self._choices = [
@@ -173,6 +187,9 @@ class Answer:
 
     async def admitted(self) -> None:
         """Wait until the engine has taken all prompts; raises what it refuses one with."""
+        if self._deadline is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(self._deadline, self._expire)
         try:
             await asyncio.gather(*(generation.admitted() for generation in self._generations))
         except BaseException:
@@ -193,12 +210,18 @@ class Answer:
                 choice = self._choices[index]
                 pending, num_tokens = choice.take(chunk)
                 self.usage.completion_tokens += num_tokens
+                timing = self._timings[prompt]
+                if num_tokens:
+                    timing.took(chunk.index, num_tokens, now())
                 if chunk.num_cached_tokens is not None and chunk.index == 0:
                     self.usage.cached_tokens += chunk.num_cached_tokens
+                    self._num_cached[prompt] = chunk.num_cached_tokens
                 if pending.finish_reason is not None:
                     self.live.discard(index)
+                    timing.ended(chunk.index, self._num_cached[prompt])
                     if chunk.finish_reason is None:
                         self._generations[prompt].stop(chunk.index)
+                        self._slot.add("stop_strings")
                 piece = choice.release()
                 if piece is not None:
                     yield piece
@@ -214,8 +237,20 @@ class Answer:
 
     def close(self) -> None:
         """Abort what has not ended."""
+        if self._timer is not None:
+            self._timer.cancel()
         for generation in self._generations:
             generation.close()
+
+    def _expire(self) -> None:
+        error = ApiError(
+            408,
+            "the answer was not complete within the x-request-timeout that was asked for",
+            "x-request-timeout",
+            headers={"x-should-retry": "false"},  # OpenAI's clients would ask again
+        )
+        for generation in self._generations:
+            generation.fail(error)
 
 
 def _max_queued_tokens(inputs: Sequence[EngineInput]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
@@ -14,25 +15,44 @@ from pagedcore.config import EngineConfig
 from pagedcore.engine.client import EngineClient
 from pagedcore.errors import PagedcoreError
 from pagedcore.server_config import ServerConfig
+from pagedcore_openai.counters import Counters
 from pagedcore_openai.endpoints import Endpoints
 from pagedcore_openai.errors import ApiError, as_api_error
 from pagedcore_openai.gate import Gate
 from pagedcore_openai.probes import Probes
 from pagedcore_openai.surface import Surface
+from pagedcore_openai.unbuilt import add_unbuilt
+
+EXPOSED_HEADERS = (
+    "retry-after",
+    "x-request-id",
+    "x-pagedcore-adjusted-params",
+    "x-pagedcore-ignored-params",
+)
+"""Of ours, what scripts in a browser may read."""
 
 _CHAT_PAGE = Path(__file__).with_name("chat.html")
 
 
 def build_app(
-    client: EngineClient, config: EngineConfig, server: ServerConfig | None = None
+    client: EngineClient,
+    config: EngineConfig,
+    server: ServerConfig | None = None,
+    *,
+    counters: Counters | None = None,
+    slot: int = 0,
 ) -> FastAPI:
     """The surface of the engine that `client` reaches, for one event loop.
+
+    Where several processes serve one engine, `counters` is made before they are forked, and each
+    has its own `slot` in it: /metrics then tells of all of them.
 
     It answers from the start and serves once the engine is ready. Its lifespan starts and ends
     it; where that is not run, the first request starts it. `app.state.surface` is its `Surface`.
     """
     server = server or ServerConfig()
-    surface = Surface(client, config, server)
+    counters = counters or Counters()
+    surface = Surface(client, config, server, counters, counters.slot(slot))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -50,11 +70,20 @@ def build_app(
     )
     app.state.surface = surface
     app.add_middleware(Gate, server=server)
+    if server.allowed_origins:  # in front of the gate: a browser asks without a key first
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     for kind in (ApiError, PagedcoreError, ValidationError, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     Endpoints(surface).add_to(app)
     Probes(surface).add_to(app)
+    add_unbuilt(app, surface)
     app.add_api_route("/", _chat_page, methods=["GET"])
     return app
 

@@ -38,8 +38,11 @@ _TOOL = frozenset({"type", "function"})
 _FUNCTION = frozenset({"name", "description", "parameters", "strict"})
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body; raises RequestError for anything else (REQ-5)."""
+def parse_object(body: bytes, max_depth: int) -> dict[str, Any]:
+    """The JSON object of a body; raises RequestError for anything else (REQ-5).
+
+    So it does for brackets that stand more than `max_depth` deep within each other.
+    """
     try:
         value = json.loads(
             body.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
@@ -54,7 +57,18 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, not {_kind(value)}")
+    _check_depth(value, max_depth)
     return value
+
+
+def _check_depth(value: Any, max_depth: int) -> None:
+    level = [value]
+    for _ in range(max_depth):
+        items = [item for c in level for item in (c.values() if isinstance(c, dict) else c)]
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise RequestError(f"the body is nested too deeply: {max_depth} levels are allowed")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

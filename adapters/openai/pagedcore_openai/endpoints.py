@@ -19,7 +19,7 @@ from pagedcore_openai.chat import ChatShape
 from pagedcore_openai.completions import CompletionShape
 from pagedcore_openai.errors import ApiError, as_api_error
 from pagedcore_openai.event_stream import EventStream, Shape
-from pagedcore_openai.gate import REQUEST_ID, valid_request_id
+from pagedcore_openai.gate import ARRIVAL, DEADLINE, REQUEST_ID, valid_request_id
 from pagedcore_openai.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -28,6 +28,7 @@ from pagedcore_openai.protocol import (
     TokenizeRequest,
 )
 from pagedcore_openai.surface import ClientGoneError, Surface
+from pagedcore_openai.unbuilt import other_task
 
 Fields = TypeVar("Fields", bound=BaseModel)
 
@@ -50,7 +51,6 @@ class Endpoints:
         for path, endpoint in {
             "/v1/chat/completions": self.chat,
             "/v1/completions": self.completions,
-            "/v1/embeddings": self.embeddings,
             "/invocations": self.invocations,
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
@@ -72,10 +72,6 @@ class Endpoints:
         self._surface.check_model(name)
         return JSONResponse(self._card(name))
 
-    async def embeddings(self, request: Request) -> Response:
-        """POST /v1/embeddings: another task than the model's (HTTP-2)."""
-        raise ApiError(501, "this model generates text; it makes no embeddings")
-
     async def invocations(self, request: Request) -> Response:
         """POST /invocations: what the fields ask for."""
         body = await self._body(request)
@@ -84,7 +80,7 @@ class Endpoints:
         if "prompt" in body:
             return await self._completions(request, body)
         if "input" in body:
-            return await self.embeddings(request)
+            return await other_task(request)
         raise RequestError("the body must have messages or prompt")
 
     async def chat(self, request: Request) -> Response:
@@ -138,14 +134,15 @@ class Endpoints:
     async def _body(self, request: Request) -> dict[str, Any]:
         """The JSON object of a request, when work is taken at all."""
         self._surface.start()
-        self._surface.check_open()
+        self._surface.check_open_for_work()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind and kind != "application/json" and not kind.endswith("+json"):
             raise ApiError(415, f"the body must be application/json, not {kind[:80]}")
         body = await request.body()
+        max_depth = self._surface.server.max_json_depth
         if len(body) > _LARGE_BODY_BYTES:
-            return await self._surface.in_thread(parse_object, body)
-        return parse_object(body)
+            return await self._surface.in_thread(parse_object, body, max_depth)
+        return parse_object(body, max_depth)
 
     def _checked(self, kind: type[Fields], body: dict[str, Any]) -> tuple[Fields, dict[str, str]]:
         """The fields, by type, and the header that names ignored ones (REQ-2, REQ-3)."""
@@ -184,6 +181,9 @@ class Endpoints:
             cache_salt=fields.cache_salt,
             interval=server.stream_interval,
             every_token=bool(fields.return_token_ids),
+            deadline=request.scope["state"][DEADLINE],
+            arrival=request.scope["state"][ARRIVAL],
+            slot=surface.slot,
             on_overflow=request.scope.get("extensions", {}).get(ABORT),
         )
         envelope = {

@@ -4,11 +4,13 @@ The gate stands in front of every route, also those of a framework that the surf
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
+import math
 import re
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +23,16 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CLOSE = {"connection": "close"}
 REQUEST_ID = "pagedcore_request_id"
 """Where a scope's state holds the id of STREAM-1."""
+
+DEADLINE = "pagedcore_deadline"
+"""Where it holds when the answer must be complete, in the event loop's time, or None."""
+
+ARRIVAL = "pagedcore_arrival"
+"""Where it holds when the request came, in the same time."""
+
+LINGER_S = 2.0
+"""Seconds for which the rest of a refused body is read: closing a connection with something
+unread would make the client's system throw our answer away."""
 
 
 def valid_request_id(value: str | None) -> str | None:
@@ -37,6 +49,8 @@ class Gate:
         self._digests = [_digest(key.encode()) for key in server.api_key]
         self._exempt = frozenset(server.auth_exempt_paths)
         self._in_flight: Counter[bytes] = Counter()
+        per_minute = server.max_requests_per_minute
+        self._rate = _Rate(per_minute) if per_minute else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what is in order; answer anything else."""
@@ -51,8 +65,11 @@ class Gate:
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _Headers(scope)
+        reader = _Reader(receive)
         state = scope.setdefault("state", {})
         state[REQUEST_ID] = valid_request_id(headers.get(b"x-request-id")) or uuid.uuid4().hex
+        state[ARRIVAL] = asyncio.get_running_loop().time()
+        state[DEADLINE] = None
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -64,11 +81,16 @@ class Gate:
             self._check_headers(scope)
             key = self._authorised(scope["path"], headers)
             with self._counted(scope["method"], key):
+                state[DEADLINE] = _deadline(headers)
                 if scope["method"] in ("POST", "PUT", "PATCH"):
-                    receive = _replay(await self._body(headers, receive), receive)
-                await self._app(scope, receive, send_with_id)
+                    body = await self._body(headers, reader)
+                    await self._app(scope, _replay(body, reader), send_with_id)
+                else:
+                    await self._app(scope, reader, send_with_id)
         except ApiError as error:
-            await error.response()(scope, receive, send_with_id)
+            closes = error.headers.get("connection") == "close"
+            answer = _lingering(send_with_id, reader) if closes else send_with_id
+            await error.response()(scope, reader, answer)
 
     def _check_headers(self, scope: Scope) -> None:
         fields = scope["headers"]
@@ -83,30 +105,32 @@ class Gate:
             )
 
     def _authorised(self, path: str, headers: "_Headers") -> bytes:
-        """The digest of the caller's key, empty without one; raises ApiError 401."""
+        """The digest of the caller's key, empty without a known one; raises ApiError 401."""
         key = _presented_key(headers)
         digest = b"" if key is None else _digest(key.encode("latin-1"))
-        if not self._digests or path in self._exempt:
-            return digest
         # All are compared, so that the time tells nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if True not in matches:
+        if True in matches:
+            return digest
+        if self._digests and path not in self._exempt:
             message = (
                 "a valid API key is needed: send the header Authorization: Bearer <key>, "
                 "or X-API-Key: <key>"
             )
             close = {"www-authenticate": "Bearer", **_CLOSE}
             raise ApiError(401, message, headers=close)
-        return digest
+        return b""
 
     @contextmanager
     def _counted(self, method: str, key: bytes) -> Iterator[None]:
         """Count a request of a key; callers without one share a count (QUEUE-4)."""
-        limit = self._server.max_inflight_per_key
-        if not limit or method != "POST":
+        if method != "POST":
             yield
             return
-        if self._in_flight[key] >= limit:
+        if self._rate is not None:
+            self._rate.take(key)
+        limit = self._server.max_inflight_per_key
+        if limit and self._in_flight[key] >= limit:
             raise ApiError(
                 429,
                 f"{limit} requests of this key are in flight already",
@@ -120,7 +144,7 @@ class Gate:
             if not self._in_flight[key]:
                 del self._in_flight[key]
 
-    async def _body(self, headers: "_Headers", receive: Receive) -> bytes:
+    async def _body(self, headers: "_Headers", receive: "_Reader") -> bytes:
         """The whole body; raises ApiError 400, 408, 413 or 415."""
         limit = self._server.max_request_bytes
         length = headers.get(b"content-length")
@@ -155,6 +179,43 @@ class Gate:
         return b"".join(pieces)
 
 
+class _Rate:
+    """Refuses what one key asks for above so many requests in any minute."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._per_minute = per_minute
+        self._taken: dict[bytes, deque[float]] = {}
+
+    def take(self, key: bytes) -> None:
+        """Count a request; raises ApiError 429."""
+        now = asyncio.get_running_loop().time()
+        taken = self._taken.setdefault(key, deque())
+        while taken and now - taken[0] >= 60:
+            taken.popleft()
+        if len(taken) >= self._per_minute:
+            wait = max(1, math.ceil(60 - (now - taken[0])))
+            raise ApiError(
+                429,
+                f"this key may ask {self._per_minute} times in a minute",
+                headers={"retry-after": str(wait)},
+            )
+        taken.append(now)
+
+
+class _Reader:
+    """A `receive` that knows whether the request's body is over."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.is_at_end = False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self.is_at_end = True
+        return message
+
+
 class _Headers:
     """A scope's headers by lower-case name; the first counts."""
 
@@ -176,6 +237,37 @@ def _presented_key(headers: _Headers) -> str | None:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _deadline(headers: _Headers) -> float | None:
+    """When `x-request-timeout` seconds from now are over; raises ApiError 400.
+
+    A request that is not answered by then is 408, or a stream's error event, and leaves the engine.
+    """
+    text = headers.get(b"x-request-timeout")
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not float(text):
+        message = "the header x-request-timeout must be a number of seconds above 0"
+        raise ApiError(400, message, "x-request-timeout")
+    return asyncio.get_running_loop().time() + float(text)
+
+
+def _lingering(send: Send, receive: _Reader) -> Send:
+    """A `send` that reads what is left of the request before it lets the connection close."""
+
+    async def lingering(message: Message) -> None:
+        if message["type"] != "http.response.body":
+            await send(message)
+            return
+        await send({**message, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not receive.is_at_end:
+                    await receive()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return lingering
 
 
 def _too_large(limit: int) -> ApiError:

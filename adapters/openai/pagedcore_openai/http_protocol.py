@@ -13,8 +13,8 @@ from pagedcore_openai.endpoints import ABORT
 from pagedcore_openai.errors import ApiError
 
 
-class _TooLargeError(Exception):
-    """The headers are above a limit; the parser hands it back as an error of its own."""
+class _RefusedError(Exception):
+    """Something is above a limit; the parser hands it back as an error of its own."""
 
 
 class GuardedHttp(HttpToolsProtocol):
@@ -32,6 +32,7 @@ class GuardedHttp(HttpToolsProtocol):
         self._begun = False
         self._num_bytes = 0
         self._num_fields = 0
+        self._num_chunks = 0
         self._exact_bytes = 0
         self._refusal: ApiError | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -62,7 +63,7 @@ class GuardedHttp(HttpToolsProtocol):
         """Begin to count; a kept-alive connection's deadline starts here."""
         super().on_message_begin()
         self._begun = self._in_headers = True
-        self._num_bytes = self._num_fields = self._exact_bytes = 0
+        self._num_bytes = self._num_fields = self._num_chunks = self._exact_bytes = 0
         self._arm()
         scope = cast(dict[str, Any], self.scope)
         scope["extensions"] = {ABORT: self.transport.abort}
@@ -77,7 +78,7 @@ class GuardedHttp(HttpToolsProtocol):
             or self._exact_bytes > limits.max_header_bytes
         ):
             self._refusal = self._too_large()
-            raise _TooLargeError
+            raise _RefusedError
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -86,6 +87,14 @@ class GuardedHttp(HttpToolsProtocol):
         self._disarm()
         super().on_headers_complete()
 
+    def on_chunk_header(self) -> None:
+        """Count one chunk of a body (IN-34)."""
+        self._num_chunks += 1
+        limit = self.limits.max_body_chunks
+        if self._num_chunks > limit + 1:  # the last one is empty
+            self._refusal = ApiError(400, f"the body may come in at most {limit} chunks")
+            raise _RefusedError
+
     def on_message_complete(self) -> None:
         """Be ready for the next request's headers."""
         super().on_message_complete()
@@ -93,7 +102,15 @@ class GuardedHttp(HttpToolsProtocol):
         self._begun = False
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what cannot be parsed, in the shape of every other error (ERR-1)."""
+        """Answer what cannot be parsed, in the shape of every other error (ERR-1).
+
+        Where an answer has begun already, nothing but its end can be told.
+        """
+        cycle = self.cycle
+        begun = cycle is not None and cycle.response_started and not cycle.response_complete
+        if begun or self.pipeline:
+            self.transport.close()
+            return
         error = self._refusal or ApiError(400, "this is not a valid HTTP request")
         body = error.body()
         self.transport.write(

@@ -20,6 +20,9 @@ from pagedcore_openai.protocol import (
     TokenizeRequest,
 )
 
+MAX_TEMPERATURE = 2
+"""Highest temperature that HTTP takes (SAMPLE-1)."""
+
 _SAMPLING = field_names() & GenerationRequest.model_fields.keys() - {"max_tokens"}
 _STRUCTURED = (
     "structured_outputs",
@@ -65,6 +68,10 @@ def check_generation(request: GenerationRequest, server: ServerConfig, policy: s
             raise RequestError("continuous_usage_stats needs include_usage=true", "stream_options")
     if request.n is not None and request.n > server.max_n:
         raise RequestError(f"n may be at most {server.max_n}, not {request.n}", "n")
+    if request.temperature is not None and request.temperature > MAX_TEMPERATURE:
+        raise RequestError(
+            f"temperature must be in 0..{MAX_TEMPERATURE}, not {request.temperature}", "temperature"
+        )
     if isinstance(request, CompletionRequest) and request.suffix:
         raise RequestError("suffix is not supported: remove it", "suffix")
     if isinstance(request, ChatRequest):

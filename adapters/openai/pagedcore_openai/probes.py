@@ -8,7 +8,9 @@ from starlette.responses import JSONResponse, Response
 
 from pagedcore import __version__
 from pagedcore.errors import EngineDeadError, OverloadedError
-from pagedcore.request import SamplingParams
+from pagedcore.request import FinishReason, SamplingParams
+from pagedcore_openai.counters import PROBE_COUNTERS
+from pagedcore_openai.metrics import CONTENT_TYPE, exposition
 from pagedcore_openai.surface import Surface
 
 GENERATE_TIMEOUT_S = 10.0
@@ -31,6 +33,7 @@ class Probes:
             "/health_generate": self.health_generate,
             "/version": self.version,
             "/load": self.load,
+            "/metrics": self.metrics,
         }.items():
             methods = ["GET", "POST"] if path == "/ping" else ["GET"]
             app.add_api_route(path, endpoint, methods=methods, response_model=None)
@@ -59,18 +62,28 @@ class Probes:
         surface = self._surface
         surface.start()
         surface.check_open()
-        item = surface.inputs.completion([0], SamplingParams(max_tokens=1))
+        item = surface.inputs.completion([0], SamplingParams(max_tokens=1, ignore_eos=True))
         try:
             async with (
                 asyncio.timeout(GENERATE_TIMEOUT_S),
                 surface.client.generate(item.prompt_token_ids, item.params) as generation,
             ):
                 async for chunk in generation:
-                    if chunk.token_ids:
+                    if chunk.finish_reason is FinishReason.LENGTH:
+                        for name in PROBE_COUNTERS:  # it is no request (LIFE-2)
+                            surface.slot.add(name)
                         return Response()
         except TimeoutError:
             pass
         raise OverloadedError(f"no token within {GENERATE_TIMEOUT_S:g} s", "not_ready")
+
+    async def metrics(self, request: Request) -> Response:
+        """What the engine and its front ends have counted, for Prometheus."""
+        surface = self._surface
+        stats = await surface.client.call("stats")
+        engine = (surface.info, stats, surface.counters)
+        page = exposition([engine], alias=surface.server.metrics_alias)
+        return Response(page, headers={"content-type": CONTENT_TYPE})
 
     async def version(self, request: Request) -> Response:
         """Of this software."""

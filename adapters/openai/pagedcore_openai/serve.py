@@ -18,6 +18,7 @@ from pagedcore_openai.app import build_app
 from pagedcore_openai.http_protocol import guarded_http
 from pagedcore_openai.supervisor import Supervisor
 from pagedcore_openai.surface import Surface
+from pagedcore_openai.tls import tls_options
 
 logger = logging.getLogger("pagedcore.server")
 
@@ -37,6 +38,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD) -> 
             f"the server 'asgi' is one process: num_api_servers must be 1, not "
             f"{server.num_api_servers}; --server litserve can have several"
         )
+    tls = tls_options(server)
     with listen(server.host, server.port) as listener:
         supervisor = Supervisor(config, build=build)
         with contextlib.closing(supervisor):
@@ -49,6 +51,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD) -> 
                 access_log=server.enable_log_requests,
                 ws="none",
                 timeout_graceful_shutdown=_LAST_WORDS_S,
+                **tls,
             )
             http = Server(settings, app.state.surface, supervisor)
             http.run(sockets=[listener])
@@ -113,7 +116,8 @@ class Server(uvicorn.Server):
 
     async def _watch_engine(self, sockets: list[socket.socket]) -> None:
         host, port = sockets[0].getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        scheme = "https" if self.config.is_ssl else "http"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         logger.info("%s answers; the model is loading", url)
         try:
             await self._supervisor.wait_ready()

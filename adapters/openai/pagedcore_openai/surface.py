@@ -17,6 +17,7 @@ from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
 from pagedcore.server_config import ServerConfig
 from pagedcore.text.inputs import InputProcessor
 from pagedcore.text.tokenizer import Tokenizer
+from pagedcore_openai.counters import Counters, Slot
 from pagedcore_openai.errors import ApiError
 
 Result = TypeVar("Result")
@@ -33,11 +34,20 @@ class ClientGoneError(Exception):
 class Surface:
     """One per event loop. It loads the model's text side when the engine is ready."""
 
-    def __init__(self, client: EngineClient, config: EngineConfig, server: ServerConfig) -> None:
-        """Nothing is opened before `start`."""
+    def __init__(
+        self,
+        client: EngineClient,
+        config: EngineConfig,
+        server: ServerConfig,
+        counters: Counters,
+        slot: Slot,
+    ) -> None:
+        """Nothing is opened before `start`. `slot` is ours in the `counters` of all front ends."""
         self.client = client
         self.config = config
         self.server = server
+        self.counters = counters
+        self.slot = slot
         self.draining = False
         self.aborting = False
         """Whether work is being cancelled because the server ends."""
@@ -98,6 +108,14 @@ class Surface:
         if self.client.dead:
             raise EngineDeadError("it does not answer")
         _ = self.inputs
+
+    def check_open_for_work(self) -> None:
+        """The same, for what counts as a request: refusals are counted (QUEUE-3)."""
+        try:
+            self.check_open()
+        except OverloadedError as error:
+            self.slot.add(error.reason)
+            raise
 
     def check_model(self, name: str | None) -> str:
         """The name to report for the one that was asked for; raises ApiError 404 (HTTP-4)."""

@@ -1,0 +1,56 @@
+"""When the tokens of a request came, and what its histograms are told of it (METRIC-6)."""
+
+import time
+
+from pagedcore.request import SamplingParams
+from pagedcore_openai.counters import Slot
+
+now = time.monotonic
+"""The clock of all times here, and of event loops."""
+
+
+class RequestTiming:
+    """Times of the choices of one prompt."""
+
+    def __init__(
+        self, slot: Slot, params: SamplingParams, num_prompt_tokens: int, arrival: float
+    ) -> None:
+        """`arrival` is when the request came, by the clock `now`."""
+        self._slot = slot
+        self._params = params
+        self._num_prompt_tokens = num_prompt_tokens
+        self._arrival = arrival
+        self._first: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._counts = [0] * params.n
+        self._num_ended = 0
+
+    def took(self, choice: int, num_tokens: int, at: float) -> None:
+        """Some tokens of a choice have come, at `at`."""
+        self._counts[choice] += num_tokens
+        last = self._last.get(choice)
+        if last is None:
+            self._first[choice] = at
+            self._slot.observe("time_to_first_token_seconds", at - self._arrival)
+        else:
+            self._slot.observe("inter_token_latency_seconds", at - last)
+        self._last[choice] = at
+
+    def ended(self, choice: int, num_cached_tokens: int) -> None:
+        """A choice is over: tell its histograms, and after the last one those of the prompt."""
+        observe = self._slot.observe
+        count = self._counts[choice]
+        observe("request_prompt_tokens", self._num_prompt_tokens)
+        observe("request_generation_tokens", count)
+        observe("request_params_max_tokens", self._params.max_tokens or 0)
+        observe("request_prefill_kv_computed_tokens", self._num_prompt_tokens - num_cached_tokens)
+        if count:
+            decoding = self._last[choice] - self._first[choice]
+            observe("e2e_request_latency_seconds", self._last[choice] - self._arrival)
+            observe("request_decode_time_seconds", decoding)
+            if count > 1:
+                observe("request_time_per_output_token_seconds", decoding / (count - 1))
+        self._num_ended += 1
+        if self._num_ended == self._params.n:
+            observe("request_params_n", self._params.n)
+            observe("request_max_num_generation_tokens", max(self._counts))
