@@ -47,14 +47,32 @@ def slots_of(tables: Tensor, rows: Tensor, positions: Tensor, block_size: int) -
     return block * block_size + positions % block_size
 
 
-def to_device(plan: StepPlan, state: DeviceState, block_size: int) -> DeviceBatch:
-    """Upload a plan; nothing waits for the device."""
+@dataclass(frozen=True, slots=True)
+class PackedPlan:
+    """What the host knows of a step, laid end to end in one array."""
+
+    values: Int64
+    """Positions and rows of T tokens; rows, query starts and context lengths of S sequences; last
+    token, row and known tokens of K draws."""
+
+    num_tokens: int
+    num_seqs: int
+    num_draws: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the parts, in order."""
+        tokens, seqs, draws = self.num_tokens, self.num_seqs, self.num_draws
+        return [tokens, tokens, seqs, seqs + 1, seqs, draws, draws, draws]
+
+
+def pack(plan: StepPlan, drawing: Int64) -> PackedPlan:
+    """The arrays of a plan of which the sequences `drawing` [K] draw a token."""
     counts = plan.num_scheduled.astype(np.int64)
     computed = plan.num_computed.astype(np.int64)
     ends = np.cumsum(counts)
-    num_seqs, num_tokens = len(counts), int(ends[-1])
+    num_tokens = int(counts.sum())
     context_len = computed + counts
-    drawing = np.flatnonzero(plan.samples)
     parts = (
         np.repeat(computed - ends + counts, counts) + np.arange(num_tokens),
         np.repeat(plan.rows.astype(np.int64), counts),
@@ -65,9 +83,35 @@ def to_device(plan: StepPlan, state: DeviceState, block_size: int) -> DeviceBatc
         plan.rows[drawing],
         context_len[drawing],
     )
-    packed = upload(np.concatenate(parts, dtype=np.int64), state.tokens.device)
-    sizes = [len(part) for part in parts]
-    positions, row_of, rows, query_start, context, last, drawing_rows, known = packed.split(sizes)
+    values = np.concatenate(parts, dtype=np.int64)
+    return PackedPlan(values, num_tokens, len(counts), len(drawing))
+
+
+def pad(packed: PackedPlan, num_tokens: int, num_seqs: int, padding_row: int) -> PackedPlan:
+    """The same with tokens and sequences of the padding row behind, each of which draws a token."""
+    padded = PackedPlan(np.zeros(0, np.int64), num_tokens, num_seqs, num_seqs)
+    fills = (0, padding_row, padding_row, packed.num_tokens, 0, 0, padding_row, 1)
+    parts, start = [], 0
+    for size, wanted, fill in zip(packed.sizes, padded.sizes, fills, strict=True):
+        parts += [packed.values[start : start + size], np.full(wanted - size, fill, np.int64)]
+        start += size
+    return PackedPlan(np.concatenate(parts), num_tokens, num_seqs, num_seqs)
+
+
+def unpack(
+    values: Tensor,
+    sizes: list[int],
+    state: DeviceState,
+    block_size: int,
+    *,
+    drawing: Int64,
+    num_single: int,
+    max_query_len: int,
+    max_context_len: int,
+) -> DeviceBatch:
+    """A packed plan's values [N] int64 on the device as a step's tensors."""
+    parts = torch.split(values, sizes)
+    positions, row_of, rows, query_start, context, last, drawing_rows, known = parts
     batch = StepBatch(
         positions=positions,
         rows=rows.int(),
@@ -75,12 +119,28 @@ def to_device(plan: StepPlan, state: DeviceState, block_size: int) -> DeviceBatc
         context_len=context.int(),
         block_tables=state.block_tables,
         slots=slots_of(state.block_tables, row_of, positions, block_size),
-        num_single=plan.num_single,
-        max_query_len=int(counts.max()) if num_seqs else 0,
-        max_context_len=int(context_len.max()) if num_seqs else 0,
+        num_single=num_single,
+        max_query_len=max_query_len,
+        max_context_len=max_context_len,
     )
     token_ids = state.tokens[row_of, positions].long()
     return DeviceBatch(token_ids, batch, drawing, last, drawing_rows, known)
+
+
+def to_device(plan: StepPlan, state: DeviceState, block_size: int) -> DeviceBatch:
+    """Upload a plan; nothing waits for the device."""
+    drawing = np.flatnonzero(plan.samples)
+    packed = pack(plan, drawing)
+    return unpack(
+        upload(packed.values, state.tokens.device),
+        packed.sizes,
+        state,
+        block_size,
+        drawing=drawing,
+        num_single=plan.num_single,
+        max_query_len=int(plan.num_scheduled.max()),
+        max_context_len=int((plan.num_computed + plan.num_scheduled).max()),
+    )
 
 
 def profile_batch(

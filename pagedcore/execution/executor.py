@@ -16,7 +16,8 @@ from pagedcore.cache_spec import CacheGroup
 from pagedcore.config import EngineConfig
 from pagedcore.execution.batch import DeviceBatch, to_device
 from pagedcore.execution.device_state import DeviceState
-from pagedcore.execution.graphs import DecodeGraphs, DrawKind
+from pagedcore.execution.extend_graphs import ExtendGraphs
+from pagedcore.execution.graphs import DecodeGraphs, DrawKind, GraphRecorder
 from pagedcore.execution.logits import upload
 from pagedcore.execution.logprobs import PendingLogprobs
 from pagedcore.execution.model import Model
@@ -90,6 +91,8 @@ class Executor:
         assert block_size is not None
         assert max_num_seqs is not None
         assert max_model_len is not None
+        max_num_batched_tokens = config.scheduler.max_num_batched_tokens
+        assert max_num_batched_tokens is not None
         self.config = config
         self.groups = groups
         self.num_blocks = num_blocks
@@ -120,9 +123,24 @@ class Executor:
         self._prompts: dict[int, Int32] = {}
         self._kind: tuple[Int32, DrawKind | None] | None = None
         self._graphs: DecodeGraphs | None = None
+        self._extend_graphs: ExtendGraphs | None = None
         if self.overlaps and ops.supports_graphs and not config.execution.enforce_eager:
+            recorder = GraphRecorder(device)
             self._graphs = DecodeGraphs(
-                self._decode, ops, self._state, max_num_seqs=max_num_seqs, block_size=block_size
+                self._decode,
+                ops,
+                self._state,
+                recorder,
+                max_num_seqs=max_num_seqs,
+                block_size=block_size,
+            )
+            self._extend_graphs = ExtendGraphs(
+                self._extend,
+                ops,
+                self._state,
+                recorder,
+                block_size=block_size,
+                max_num_tokens=max_num_batched_tokens,
             )
         self._results: list[Tensor] = []
         if self.overlaps:
@@ -146,16 +164,16 @@ class Executor:
 
         For whoever has no step to run: it takes a fraction of a second.
         """
-        if self._graphs is None:
+        if self._graphs is None or self._extend_graphs is None:
             return False
         with torch.inference_mode(), self._on_device():
-            return self._graphs.capture_next()
+            return self._graphs.capture_next() or self._extend_graphs.capture_next()
 
     def shutdown(self) -> None:
         """Wait for steps in flight and give the device's memory back."""
         if self.overlaps:
             torch.cuda.synchronize(self._device)
-        self._graphs = None
+        self._graphs = self._extend_graphs = None
         self._caches = ()
         del self._model
         if self.overlaps:
@@ -192,27 +210,29 @@ class Executor:
                 assert cache is not None
                 self._ops.copy_blocks(cache, uploaded)
 
-    # Steps in which every sequence decodes
+    # Steps that are graphs
 
     def _replay(self, plan: StepPlan) -> Tensor | None:
         """Run the step as a graph, where it is of that kind and its graph is there."""
-        if self._graphs is None:
+        if self._graphs is None or self._extend_graphs is None:
             return None
-        if plan.num_single == len(plan.rows) and plan.samples.all():
-            if self._kind is None or self._kind[0] is not plan.rows:
-                self._kind = (plan.rows, self._draw_kind(plan.rows))
-            kind = self._kind[1]
-            if kind is not None:
-                return self._graphs.run(plan, kind)
+        kind = self._draw_kind(plan.rows) if plan.samples.all() else None
+        if kind is not None and plan.num_single == len(plan.rows):
+            return self._graphs.run(plan, kind)
         self._graphs.forget_rows()
+        if kind is not None and not self._prompts and self._extend_graphs.suits(plan):
+            return self._extend_graphs.run(plan, kind)
         return None
 
     def _draw_kind(self, rows: Int32) -> DrawKind | None:
-        if not self._sampler.is_plain(rows):
-            return None
-        if self._sampler.is_greedy(rows):
-            return DrawKind.GREEDY
-        return DrawKind.FILTERED if self._sampler.is_filtered(rows) else DrawKind.PLAIN
+        """What the draws of rows have in common; None when a graph cannot hold them."""
+        if self._kind is None or self._kind[0] is not rows:
+            kind: DrawKind | None = None
+            if self._sampler.is_plain(rows):
+                kind = DrawKind.FILTERED if self._sampler.is_filtered(rows) else DrawKind.PLAIN
+                kind = DrawKind.GREEDY if self._sampler.is_greedy(rows) else kind
+            self._kind = (rows, kind)
+        return self._kind[1]
 
     def _decode(
         self, token_ids: Tensor, batch: StepBatch, rows: Tensor, num_known: Tensor, kind: DrawKind
@@ -220,6 +240,17 @@ class Executor:
         """What a graph holds: see `graphs.DecodeStep`."""
         self._ops.begin_step(batch)
         hidden = self._model.forward(token_ids, batch, self._caches)
+        return self._draw_by_row(hidden, rows, num_known, kind)
+
+    def _extend(self, step: DeviceBatch, kind: DrawKind) -> tuple[Tensor, Tensor]:
+        """What a graph of an extension holds: see `graphs.ExtendStep`."""
+        self._ops.begin_step(step.batch)
+        hidden = self._model.forward(step.token_ids, step.batch, self._caches)
+        return self._draw_by_row(hidden[step.last_token], step.rows, step.num_known, kind)
+
+    def _draw_by_row(
+        self, hidden: Tensor, rows: Tensor, num_known: Tensor, kind: DrawKind
+    ) -> tuple[Tensor, Tensor]:
         logits = self._model.logits(hidden)
         drawn = self._sampler.draw_by_row(
             logits,

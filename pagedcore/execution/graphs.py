@@ -10,6 +10,7 @@ They share one pool of memory: steps run one after another, so their activations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagedcore.execution.batch import DeviceBatch
 from pagedcore.execution.device_state import DeviceState
 from pagedcore.execution.logits import upload
 from pagedcore.execution.ops import Ops, StepBatch
@@ -52,6 +54,37 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
     return [n for n in sizes if n < max_num_seqs] + [max_num_seqs]
 
 
+class ExtendStep(Protocol):
+    """The same for steps of several tokens per sequence; the last token of each draws."""
+
+    def __call__(self, step: DeviceBatch, kind: DrawKind) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [K], and the logits [K, V] they were drawn from."""
+        ...
+
+
+class GraphRecorder:
+    """Captures graphs. Those of one recorder share memory, since they run one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Run once, which compiles and sets up what must not happen in a capture, and capture."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+            # torch.cuda.graph() would collect garbage and empty the allocator's cache each time
+            graph.capture_begin(pool=self._pool)
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph
+
+
 class DecodeGraphs:
     """Runs pure decode steps. `step` is what one consists of; `max_num_seqs` is the largest N."""
 
@@ -60,10 +93,12 @@ class DecodeGraphs:
         step: DecodeStep,
         ops: Ops,
         state: DeviceState,
+        recorder: "GraphRecorder",
         *,
         max_num_seqs: int,
         block_size: int,
     ) -> None:
+        self._recorder = recorder
         self._step = step
         self._ops = ops
         self._state = state
@@ -81,8 +116,6 @@ class DecodeGraphs:
         self._num_filled = 0
         self._uses: Counter[tuple[int, DrawKind]] = Counter()
         self._graphs: dict[tuple[int, DrawKind], torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
         self._ahead = [(n, DrawKind.GREEDY) for n in reversed(self._sizes)]
         self._ahead += [(n, DrawKind.PLAIN) for n in reversed(self._sizes)]
 
@@ -135,17 +168,7 @@ class DecodeGraphs:
         self._rows.fill_(self._state.padding_row)
         self._positions.zero_()
         self._num_filled = 0
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._run_once(size, kind)  # compiles and sets up what must not happen in a capture
-            # torch.cuda.graph() would collect garbage and empty the allocator's cache each time
-            graph.capture_begin(pool=self._pool)
-            try:
-                self._run_once(size, kind)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = self._recorder.record(lambda: self._run_once(size, kind))
         self._graphs[key] = graph
         logger.debug("captured a decode graph for %d sequences (%s)", size, kind.value)
         return graph

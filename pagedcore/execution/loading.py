@@ -124,8 +124,11 @@ def _stretch(config: Mapping[str, Any]) -> float:
         return 1.0
     kind = scaling.get("rope_type", scaling.get("type"))
     factor = scaling.get("factor")
-    if kind not in ("linear", "dynamic") or not isinstance(factor, int | float):
+    if kind not in ("linear", "dynamic", "yarn") or not isinstance(factor, int | float):
         return 1.0  # the others say the scaled length
+    original = scaling.get("original_max_position_embeddings")
+    if kind == "yarn" and isinstance(original, int):  # some configs say the scaled length
+        return max(1.0, original * float(factor) / float(config["max_position_embeddings"]))
     return max(1.0, float(factor))
 
 

@@ -131,6 +131,24 @@ def test_chunks_and_cached_prefixes_change_no_token(make, expected):
     assert run(engine, prompts(6), 100) == expected
 
 
+@pytest.mark.parametrize("seed", [None, 5], ids=["greedy", "seeded"])
+def test_short_extensions_as_graphs_change_no_token(make, seed):
+    """Several at once, behind cached prefixes and beside sequences that decode."""
+    wishes = dict(temperature=0.0) if seed is None else dict(temperature=0.9, seed=seed)
+    rng = np.random.default_rng(3)
+    shared = rng.integers(0, 1024, 300).astype(np.int32)
+    asked = [
+        np.concatenate((shared, rng.integers(0, 1024, n).astype(np.int32))) for n in (3, 17, 40, 90)
+    ]
+    eager = make(enforce_eager=True, async_scheduling=False)
+    wanted = [run(eager, [prompt], i, **wishes)[0] for i, prompt in enumerate(asked)]
+    engine = make()
+    for round_ in range(4):
+        assert run(engine, asked, 100 * round_, **wishes) == wanted
+        alone = [run(engine, [p], 1000 * round_ + 50 + i, **wishes) for i, p in enumerate(asked)]
+        assert [tokens for [tokens] in alone] == wanted
+
+
 def test_graphs_that_are_prepared_in_advance_give_the_same_tokens(make, expected):
     engine = make()
     while engine.prepare():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedcore.execution.batch import profile_batch, to_device
+from pagedcore.execution.batch import pack, pad, profile_batch, to_device, unpack
 from pagedcore.execution.device_state import DeviceState
 from pagedcore.execution.graphs import bucket_sizes
 from pagedcore.request import Request
@@ -80,6 +80,46 @@ def test_a_plan_becomes_the_tokens_positions_and_slots_it_stands_for(data):
     assert step.num_known.tolist() == (computed + counts)[samples].tolist()
     assert step.batch.max_query_len == counts.max()
     assert step.batch.max_context_len == (computed + counts).max()
+
+
+@given(st.data())
+def test_padding_adds_tokens_of_nobody_behind_the_others(data):
+    state = make_state()
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    rows = rng.permutation(6)[: data.draw(st.integers(1, 4))].astype(np.int32)
+    computed, counts = rng.integers(0, 9, len(rows)), rng.integers(1, 6, len(rows))
+    every = np.ones(len(rows), np.bool_)
+    plan = StepPlan(rows, computed.astype(np.int32), counts.astype(np.int32), every, 0)
+    packed = pack(plan, np.arange(len(rows)))
+    padded = pad(packed, 32, 4, state.padding_row)
+
+    plain, wide = (
+        unpack(
+            torch.from_numpy(each.values),
+            each.sizes,
+            state,
+            BLOCK,
+            drawing=np.arange(each.num_draws),
+            num_single=0,
+            max_query_len=32,
+            max_context_len=32,
+        )
+        for each in (packed, padded)
+    )
+
+    tokens, seqs = plan.num_tokens, len(rows)
+    assert len(wide.token_ids) == 32
+    assert torch.equal(wide.batch.positions[:tokens], plain.batch.positions)
+    assert torch.equal(wide.batch.slots[:, :tokens], plain.batch.slots)
+    assert not (wide.batch.slots[:, tokens:] // BLOCK).any()  # the null block
+    assert wide.batch.rows.tolist() == rows.tolist() + [state.padding_row] * (4 - seqs)
+    assert wide.batch.query_start.tolist() == [*plain.batch.query_start.tolist()] + [tokens] * (
+        4 - seqs
+    )
+    assert wide.batch.context_len[seqs:].tolist() == [0] * (4 - seqs)
+    assert torch.equal(wide.last_token[:seqs], plain.last_token)
+    assert torch.equal(wide.num_known[:seqs], plain.num_known)
+    assert wide.rows[seqs:].tolist() == [state.padding_row] * (4 - seqs)
 
 
 def test_the_largest_step_is_cut_into_sequences_that_are_allowed():
