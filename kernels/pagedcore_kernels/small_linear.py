@@ -1,15 +1,17 @@
 """Multiply a few rows with a weight that is read once: the linear layers of a decode step.
 
-    M rows, up to 64   N outputs   K inputs   P parts of K, each a program of its own
+    M rows   N outputs   K inputs   G groups of K   P parts of K, each a program of its own
 
     x         [M, K]      K contiguous, M may have any stride; bfloat16, float16 or float32
-    weight    [N, K]      contiguous, same dtype
-    bias      [N]         contiguous, same dtype; optional
-    partial   [P, tiles of N, BM, BN]   float32 scratch, where P > 1
-    arrivals  [tiles of N]              int32, zero before and after; where P > 1
+    weight    [N, K]      contiguous, same dtype, or float8 e4m3
+    scale     [N, G]      float32, contiguous; of a float8 weight: times what its numbers are.
+                          G is 1, or cdiv(K, 128) for groups of 128 columns
+    bias      [N]         contiguous, same dtype as x; optional
+    partial   [P, tiles of M and N, BM, BN]   float32 scratch, where P > 1
+    arrivals  [tiles of M and N]              int32, zero before and after; where P > 1
     out       [M, N]      contiguous, same dtype as x
 
-Everything else being small, the N * K weights are the traffic, and memory bandwidth the limit.
+For few rows, the N * K weights are the traffic, and memory bandwidth the limit.
 
 For one row, a program holds BN weight rows and multiplies them with x element by element: nothing
 is shared, so all of its loads are under way at once. For more rows, x is padded to BM rows of a
@@ -18,8 +20,9 @@ longer than reading the weights: SLICES of K belong to one warp each and are add
 P parts belong to one program each, and the program that arrives last adds them, in their order. So
 results are the same in every run; but the order depends on the plan, and so on M.
 
-Products are exact, sums float32, and the result is rounded once. `TorchOps.linear` is the
-specification.
+Products are exact, sums float32, and the result is rounded once. A float8 weight becomes x's type
+in registers, which is exact; x keeps its own. `TorchOps.linear` and `TorchOps.scaled_linear` are
+the specification.
 """
 
 import torch
@@ -28,12 +31,15 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedcore_kernels.small_linear_plans import (
-    MAX_ROWS,
+    GROUP_COLUMNS,
+    MAX_DOT_ROWS,
     MIN_DOT_ROWS,
     DotPlan,
     Plan,
     RowPlan,
     choose_plan,
+    choose_scaled_plan,
+    default_plan,
 )
 
 
@@ -45,9 +51,18 @@ class Scratch:
 
 
 @triton.jit
+def _widened(factor, dtype: tl.constexpr):
+    """Weights in x's type. By way of float32: float8 has no instruction that ends in bfloat16."""
+    if factor.dtype == dtype:
+        return factor
+    return factor.to(tl.float32).to(dtype)
+
+
+@triton.jit
 def _row_kernel(
     x,
     weight,
+    scale,
     bias,
     out,
     num_outputs,
@@ -56,6 +71,7 @@ def _row_kernel(
     BK: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -80,6 +96,8 @@ def _row_kernel(
                 value = tl.load(x + k, within, 0.0)
             total += factor.to(tl.float32) * value.to(tl.float32)[None, :]
     result = tl.sum(total, 1)
+    if HAS_SCALE:
+        result *= tl.load(scale + output, inside, 0.0)
     if HAS_BIAS:
         result += tl.load(bias + output, inside, 0.0).to(tl.float32)
     tl.store(out + output, result.to(out.dtype.element_ty), inside)
@@ -89,6 +107,7 @@ def _row_kernel(
 def _dot_kernel(
     x,
     weight,
+    scale,
     bias,
     out,
     partial,
@@ -96,6 +115,7 @@ def _dot_kernel(
     num_rows,
     num_outputs,
     num_inputs,
+    num_groups,
     x_stride,
     span,
     parts,
@@ -105,15 +125,19 @@ def _dot_kernel(
     SLICES: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    tile = tl.program_id(0)
     part = tl.program_id(1)
-    row = tl.arange(0, BM)
-    output = tile * BN + tl.arange(0, BN)
-    weight_row = tl.minimum(output, num_outputs - 1).to(tl.int64) * num_inputs
+    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    row = tl.program_id(2) * BM + tl.arange(0, BM)
+    output = tl.program_id(0) * BN + tl.arange(0, BN)
+    safe_output = tl.minimum(output, num_outputs - 1).to(tl.int64)
+    weight_row = safe_output * num_inputs
+    x_row = row.to(tl.int64) * x_stride
     column = tl.arange(0, BK)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
@@ -131,8 +155,14 @@ def _dot_kernel(
                 within = (k < num_inputs)[:, None, :]
                 loaded &= within
                 factor = tl.load(source, within, 0.0)
-            value = tl.load(x + row[None, :, None] * x_stride + k[:, None, :], loaded, 0.0)
-            total = tl.dot(value, tl.permute(factor, (0, 2, 1)), total, input_precision=PRECISION)
+            value = tl.load(x + x_row[None, :, None] + k[:, None, :], loaded, 0.0)
+            factor = tl.permute(_widened(factor, value.dtype), (0, 2, 1))
+            if GROUP > 0:
+                group = tl.minimum((start + first) // GROUP, num_groups - 1)[:, None]
+                share = tl.load(scale + safe_output[None, :] * num_groups + group)
+                total += tl.dot(value, factor, input_precision=PRECISION) * share[:, None, :]
+            else:
+                total = tl.dot(value, factor, total, input_precision=PRECISION)
         result = tl.sum(total, 0)
     else:
         result = tl.zeros([BM, BN], tl.float32)
@@ -146,15 +176,20 @@ def _dot_kernel(
                 within = (k < num_inputs)[None, :]
                 loaded &= within
                 factor = tl.load(source, within, 0.0)
-            value = tl.load(x + row[:, None] * x_stride + k[None, :], loaded, 0.0)
-            result = tl.dot(value, tl.trans(factor), result, input_precision=PRECISION)
+            value = tl.load(x + x_row[:, None] + k[None, :], loaded, 0.0)
+            factor = tl.trans(_widened(factor, value.dtype))
+            if GROUP > 0:
+                group = tl.minimum((part * span + first) // GROUP, num_groups - 1)
+                share = tl.load(scale + safe_output * num_groups + group)
+                result += tl.dot(value, factor, input_precision=PRECISION) * share[None, :]
+            else:
+                result = tl.dot(value, factor, result, input_precision=PRECISION)
 
-    in_tile = row[:, None] * BN + tl.arange(0, BN)[None, :]
-    target = out + row[:, None] * num_outputs + output[None, :]
+    in_tile = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     inside = (row < num_rows)[:, None] & (output < num_outputs)[None, :]
     is_last = True
     if SPLIT:
-        tiles = tl.num_programs(0)
+        tiles = tl.num_programs(0) * tl.num_programs(2)
         tl.store(partial + (part * tiles + tile) * (BM * BN) + in_tile, result, inside)
         tl.debug_barrier()  # all warps have stored before one thread announces it
         is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == parts - 1
@@ -165,8 +200,11 @@ def _dot_kernel(
                 piece = partial + (other * tiles + tile) * (BM * BN) + in_tile
                 result += tl.load(piece, inside, 0.0, cache_modifier=".cg")
     if is_last:
+        if HAS_SCALE and GROUP == 0:
+            result *= tl.load(scale + safe_output)[None, :]
         if HAS_BIAS:
             result += tl.load(bias + output, output < num_outputs, 0.0).to(tl.float32)[None, :]
+        target = out + row.to(tl.int64)[:, None] * num_outputs + output[None, :]
         tl.store(target, result.to(out.dtype.element_ty), inside)
 
 
@@ -181,41 +219,50 @@ def linear(
     bias: Tensor | None = None,
     scratch: Scratch | None = None,
     *,
+    scale: Tensor | None = None,
     plan: Plan | None = None,
     dependent: bool = False,
 ) -> Tensor:
-    """x [M, K] times weight [N, K], plus bias [N]: [M, N] in x's dtype, for M up to MAX_ROWS.
+    """x [M, K] times weight [N, K] times its scale [N, G], plus bias [N]: [M, N] in x's dtype.
 
     Without scratch, K is never cut between programs. A `dependent` kernel may start while the one
     before it ends, and waits for it before it reads anything.
     """
     num_rows, num_inputs = x.shape
     num_outputs = len(weight)
-    assert num_rows <= MAX_ROWS and weight.shape[1] == num_inputs
-    assert x.stride(1) == 1 and weight.is_contiguous() and x.dtype == weight.dtype
+    assert weight.shape[1] == num_inputs and weight.is_contiguous()
+    assert x.stride(1) == 1 and (scale is not None or x.dtype == weight.dtype)
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     if not num_rows:
         return out
-    plan = plan or choose_plan(num_rows, num_outputs, num_inputs) or _default(num_rows)
+    num_groups = 1 if scale is None else scale.shape[1]
+    if plan is None:
+        choose = choose_plan if scale is None else choose_scaled_plan
+        plan = choose(num_rows, num_outputs, num_inputs) or default_plan(num_rows)
+    if isinstance(plan, RowPlan) and num_groups > 1:
+        plan = DotPlan()
     if isinstance(plan, RowPlan):
-        _multiply_row(x, weight, bias, out, plan, dependent)
+        _multiply_row(x, weight, scale, bias, out, plan, dependent)
     else:
-        _multiply_rows(x, weight, bias, out, plan, scratch, dependent)
+        _multiply_rows(x, weight, scale, bias, out, plan, scratch, dependent)
     return out
 
 
-def _default(num_rows: int) -> Plan:
-    return RowPlan() if num_rows == 1 else DotPlan()
-
-
 def _multiply_row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, plan: RowPlan, dependent: bool
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    plan: RowPlan,
+    dependent: bool,
 ) -> None:
     num_outputs, num_inputs = weight.shape
     assert len(x) == 1
     _row_kernel[(triton.cdiv(num_outputs, plan.bn),)](
         x,
         weight,
+        scale,
         bias,
         out,
         num_outputs,
@@ -224,6 +271,7 @@ def _multiply_row(
         BK=plan.bk,
         UNROLL=plan.unroll,
         EVEN=num_inputs % (plan.bk * plan.unroll) == 0,
+        HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         DEPENDENT=dependent,
         num_warps=plan.num_warps,
@@ -234,6 +282,7 @@ def _multiply_row(
 def _multiply_rows(
     x: Tensor,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
     plan: DotPlan,
@@ -242,19 +291,23 @@ def _multiply_rows(
 ) -> None:
     num_rows, num_inputs = x.shape
     num_outputs = len(weight)
-    bm = max(MIN_DOT_ROWS, triton.next_power_of_2(num_rows))
-    tiles = triton.cdiv(num_outputs, plan.bn)
+    num_groups = 1 if scale is None else scale.shape[1]
+    bm = min(max(MIN_DOT_ROWS, triton.next_power_of_2(num_rows)), MAX_DOT_ROWS)
+    grid = triton.cdiv(num_outputs, plan.bn), triton.cdiv(num_rows, bm)
     parts = 1 if scratch is None else plan.parts
     pieces = plan.slices * parts
     span = triton.cdiv(num_inputs, pieces * plan.bk) * plan.bk
     partial, arrivals = None, None
     if scratch is not None and parts > 1:
+        tiles = grid[0] * grid[1]
         assert tiles <= len(scratch.arrivals)
         arrivals = scratch.arrivals
         partial = torch.empty(parts * tiles * bm * plan.bn, dtype=torch.float32, device=x.device)
-    _dot_kernel[(tiles, parts)](
+    assert num_groups == 1 or (GROUP_COLUMNS % plan.bk == 0 and span % plan.bk == 0)
+    _dot_kernel[(grid[0], parts, grid[1])](
         x,
         weight,
+        scale,
         bias,
         out,
         partial,
@@ -262,6 +315,7 @@ def _multiply_rows(
         num_rows,
         num_outputs,
         num_inputs,
+        num_groups,
         x.stride(0),
         span,
         parts,
@@ -271,6 +325,8 @@ def _multiply_rows(
         SLICES=plan.slices,
         SPLIT=parts > 1,
         EVEN=span * pieces == num_inputs,
+        GROUP=GROUP_COLUMNS if num_groups > 1 else 0,
+        HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         DEPENDENT=dependent,

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 
 MAX_ROWS = 64
+"""Above, the vendor's library is as fast."""
+
 MIN_DOT_ROWS = 16  # of a matrix product on tensor cores
+MAX_DOT_ROWS = 128  # of one program; more rows take more programs
+GROUP_COLUMNS = 128  # that share a scale, where a weight has more than one for each output
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +62,21 @@ def dot_plan(m: int, n: int, k: int) -> DotPlan | None:
     if m > 16:
         return None
     return DotPlan(16 if n <= 8192 else 32, 64, 4, 1, 4, 4)
+
+
+def default_plan(m: int) -> Plan:
+    """What is right for any shape, and fast for none in particular."""
+    if m == 1:
+        return RowPlan()
+    return DotPlan() if m <= MAX_ROWS else DotPlan(128, 64, 1, 1, 8, 3)
+
+
+def choose_scaled_plan(m: int, n: int, k: int) -> Plan | None:
+    """As `choose_plan`, for weights of 8 bits; None where quantizing the rows, too, is faster."""
+    if not 1 <= m <= MAX_ROWS or k % 16:
+        return None
+    if m == 1:
+        return RowPlan(4, 2048, 4, 1) if k % 2048 == 0 else RowPlan(4, 1024, 2, 1)
+    if m <= 16:
+        return DotPlan(16 if n <= 8192 else 32, 64, 4, 1, 4, 4)
+    return DotPlan(32, 64, 4, 1, 4, 3)

@@ -62,6 +62,26 @@ def test_short_floats_are_summed_in_float32_and_rounded_once(m, dtype):
     assert_is_product(linear(x, weight), x, weight)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("plan", [None, *ROW_PLANS[:1], *DOT_PLANS], ids=str)
+def test_a_float8_weight_is_multiplied_by_its_scales(plan, groups):
+    m, n, k = (1 if isinstance(plan, RowPlan) else 7), 37, 300
+    scratch = Scratch(torch.device(DEVICE))
+    x, bias = random(m, k), random(n, seed=2)
+    weight = random(n, k, seed=1).to(torch.float8_e4m3fn)
+    scale = random(n, groups, seed=3).abs() + 0.1
+    wide = weight.float() * scale.repeat_interleave(k if groups == 1 else 128, 1)[:, :k]
+    out = linear(x, weight, bias, scratch, scale=scale, plan=plan)
+    assert_is_product(out, x, wide, bias)
+
+
+def test_many_rows_take_several_programs():
+    x, weight = random(150, 64), random(24, 64, seed=1)
+    assert_is_product(linear(x, weight), x, weight)
+    x[40] = torch.nan
+    assert linear(x, weight).isnan().any(1).nonzero().tolist() == [[40]]
+
+
 def test_rows_may_be_strided_and_padding_is_never_read():
     backing = torch.full((3, 100), torch.nan, device=DEVICE)
     backing[:, :72] = random(3, 72)
