@@ -4,10 +4,9 @@
     N blocks      B positions per block        M table entries per row          P programs
 
     query                    [S, (H + 2K) * D]  the first H * D columns; S may have any stride
-    key_cache, value_cache   [N, K, B, D]       contiguous
-    block_table              [R, M] int32       indexed by rows [S] int32
-    context_len              [S] int32          0 is padding, whose output is zero
-    out                      [S, H * D]         contiguous S and H * D, same dtype as query
+    key_cache, value_cache   [N, K, B, D]       contiguous; the query's dtype or float8_e4m3fn
+    work                     WorkList           which tiles there are, and where; see `work_list`
+    out                      [S, H * D]         contiguous, same dtype as query
 
 The keys of one head in one block lie together: a tile of TILE positions is one run of TILE * D
 elements, which loads in full lines whatever the block size, and which a two-dimensional copy
@@ -165,6 +164,8 @@ def _decode_kernel(
     G_PAD: tl.constexpr,
     D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -207,6 +208,8 @@ def _decode_kernel(
         place = tl.load(tiles + tile * 2 + 2, tile + 1 < end, 0)  # of the next tile
         span = tl.load(tiles + tile * 2 + 3, tile + 1 < end, 0)
 
+        if IS_FP8:  # exact in float16
+            queries, keys, values = queries.to(COMPUTE), keys.to(COMPUTE), values.to(COMPUTE)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         if HAS_SOFT_CAP:  # scale holds 2 / cap: tanh(x) = 2 * sigmoid(2x) - 1
             scores = (2 * tl.sigmoid(scores) - 1) * soft_cap
@@ -289,6 +292,8 @@ def decode_attention(
         G_PAD=max(MIN_ROWS, triton.next_power_of_2(group)),
         D_PAD=triton.next_power_of_2(head_dim),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        IS_FP8=key_cache.dtype == torch.float8_e4m3fn,
+        COMPUTE=tl.float32 if query.dtype == torch.float32 else tl.float16,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -5,7 +5,8 @@
     P programs per kv head
 
     query                    [T, (H + 2K) * D]  the first H * D columns; T may have any stride
-    key_cache, value_cache   [N, K, B, D]       contiguous; hold the step's own keys already
+    key_cache, value_cache   [N, K, B, D]       contiguous; hold the step's own keys already; the
+                                                query's dtype or float8_e4m3fn
     block_table              [R, M] int32       indexed by rows [S] int32
     query_start              [S + 1] int32      first token of each sequence
     context_len              [S] int32          positions with the step's own
@@ -155,6 +156,7 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax over a tile of keys [KEYS, D] and values."""
+    keys, values = keys.to(queries.dtype), values.to(queries.dtype)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     if HAS_SOFT_CAP:  # scale holds 2 / cap: tanh(x) = 2 * sigmoid(2x) - 1
         scores = (2 * tl.sigmoid(scores * scale) - 1) * soft_cap
@@ -245,6 +247,8 @@ def _extend_kernel(
     KEYS: tl.constexpr,
     D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     sequence = tl.load(tiles + tl.program_id(0) * 2)
     if sequence < 0:
@@ -265,6 +269,8 @@ def _extend_kernel(
     head = kv_head * G + row % G
     source = query + (start + token).to(tl.int64)[:, None] * query_stride
     queries = tl.load(source + head[:, None] * D + column[None, :], inside, 0.0)
+    if IS_FP8:  # 8-bit keys are exact in float16
+        queries = queries.to(COMPUTE)
     position = past + token
 
     oldest = past + first
@@ -372,6 +378,8 @@ def extend_attention(
         KEYS=config.keys,
         D_PAD=triton.next_power_of_2(head_dim),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        IS_FP8=key_cache.dtype == torch.float8_e4m3fn,
+        COMPUTE=tl.float32 if query.dtype == torch.float32 else tl.float16,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -13,6 +13,7 @@ from triton.errors import TritonError
 
 from pagedcore.execution.ops import LayerCache, Ops, QKNorm, RopeTable, StepBatch
 from pagedcore.execution.torch_ops import TorchOps
+from pagedcore_kernels.rope_cache import FP8_LIMIT
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,10 @@ class PlainOps(TorchOps):
         heads = qkv.view(num_tokens, -1, spec.head_dim)
         slots = batch.slots[cache.group]
         block, offset = slots // cache.block_size, slots % cache.block_size
-        keys, values = heads[:, num_heads:].to(cache.key.dtype).chunk(2, 1)
+        stored = heads[:, num_heads:]
+        if cache.key.dtype == torch.float8_e4m3fn:
+            stored = stored.clamp(-FP8_LIMIT, FP8_LIMIT)
+        keys, values = stored.to(cache.key.dtype).chunk(2, 1)
         cache.key[block, :, offset] = keys
         cache.value[block, :, offset] = values
 

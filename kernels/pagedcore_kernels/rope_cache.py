@@ -7,22 +7,26 @@
     cos_sin                   [P, R]              float32; cosines of R / 2 angles, then their sines
     query_weight, key_weight  [D]                 of the norm over each head
     positions, slots          [T]                 int64; a slot is block * B + offset; 0 is padding
-    key_cache, value_cache    [N, K, B, D]        contiguous, same dtype as qkv; written in place
+    key_cache, value_cache    [N, K, B, D]        contiguous; qkv's dtype or float8_e4m3fn; written
 
 The grid is (T, cdiv(H + 2K, HEADS)): one program moves HEADS heads of one token. The elements of a
 head are loaded as *first* and *second* of the pairs that turn together, and the *rest* that passes.
 It reads T * (H + 2K) * D elements and writes as many, and T * K * D more, since the keys go to two
 places; arithmetic is float32 with one rounding at the end. Padded tokens all write slot 0, in
-the null block, where nobody reads.
+the null block, where nobody reads. An 8-bit cache holds the values as they are, scaled by 1 and
+limited to the largest that it can express, 448: beyond that the type knows only NaN.
 
 `TorchOps.rope_and_cache` is the specification.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pagedcore.execution.ops import QKNorm, RopeTable
+
+FP8_LIMIT = torch.finfo(torch.float8_e4m3fn).max
 
 
 @triton.jit
@@ -56,6 +60,7 @@ def _rope_cache_kernel(
     HEADS: tl.constexpr,
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -104,6 +109,10 @@ def _rope_cache_kernel(
         if HAS_NORM:
             tl.store(source + rest_column[None, :], rest, rest_mask & turns)
 
+    if LIMIT > 0:
+        first = tl.clamp(first, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        second = tl.clamp(second, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        rest = tl.clamp(rest, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     slot = tl.load(slots + token)
     kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
     offset = slot // BLOCK_SIZE * NUM_KV_HEADS + kv_head
@@ -159,5 +168,6 @@ def rope_and_cache(
         HEADS=heads_per_program,
         HALF_PAD=triton.next_power_of_2(max(rotated // 2, 1)),
         REST_PAD=triton.next_power_of_2(max(head_dim - rotated, 1)),
+        LIMIT=FP8_LIMIT if key_cache.dtype == torch.float8_e4m3fn else 0.0,
         num_warps=num_warps,
     )

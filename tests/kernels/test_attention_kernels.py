@@ -103,6 +103,14 @@ def test_sixteen_bits_are_enough(device):
     assert_right(make_step(lengths, block_size=64, dtype=torch.float16, device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_and_values_may_be_kept_in_eight_bits(dtype, device):
+    lengths = [*SINGLE, *LONGER]
+    step = make_step(lengths, dtype=dtype, cache_dtype=torch.float8_e4m3fn, device=device)
+    assert_right(step)
+    assert_right(step, make_ops=PlainOps)
+
+
 def test_padding_gives_zeros_and_disturbs_nobody(device):
     step = make_step([(1, 30), (1, 70)], num_padding=3, device=device)
     assert_right(step)
@@ -177,6 +185,18 @@ def test_plain_torch_stands_in_for_the_kernels(device):
 def test_every_head_size_and_type_on_the_gpu(dtype, head_dim):
     lengths = [(1, 1), (1, 1000), (1, 64), (1, 65), (200, 200), (17, 300)]
     step = make_step(lengths, head_dim=head_dim, block_size=64, dtype=dtype, device="cuda")
+    assert_right(step)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_eight_bits_on_the_gpu(dtype, head_dim):
+    lengths = [(1, 1), (1, 1000), (1, 64), (200, 200), (17, 300)]
+    kept = torch.float8_e4m3fn
+    step = make_step(
+        lengths, head_dim=head_dim, block_size=64, dtype=dtype, cache_dtype=kept, device="cuda"
+    )
     assert_right(step)
 
 
