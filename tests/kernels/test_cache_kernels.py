@@ -61,7 +61,6 @@ def test_eight_bits_hold_what_they_can_and_stop_at_their_limit(device):
     kept = (step.qkv * 40).to(torch.float8_e4m3fn)  # the interpreter does not round as a GPU does
     step.qkv.copy_(kept.float())
     step.qkv[2, -256:-192], step.qkv[2, -192:-128] = 1000, -1000
-    step.qkv[3, -64:] = torch.nan
     results = []
     for ops in (TritonOps(device), PlainOps(device)):
         cache = replace(
@@ -72,6 +71,23 @@ def test_eight_bits_hold_what_they_can_and_stop_at_their_limit(device):
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
     assert (results[0][0] == 448).sum() == (results[0][0] == -448).sum() == 64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_eight_bits_round_to_the_nearest_and_keep_nan():
+    step = make_step([(1, 7), (20, 41)], cache_dtype=torch.float8_e4m3fn, device="cuda")
+    step.qkv.mul_(200)
+    step.qkv[3, -64:] = torch.nan
+    results = []
+    for ops in (TritonOps("cuda"), PlainOps("cuda")):
+        cache = replace(
+            step.cache, key=torch.zeros_like(step.cache.key), value=torch.zeros_like(step.cache.key)
+        )
+        ops.rope_and_cache(step.qkv.clone(), step.num_heads, None, None, cache, step.batch)
+        results.append((cache.key.float(), cache.value.float()))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
     assert results[0][1].isnan().sum() == 64
 
 
