@@ -60,7 +60,7 @@ def parameters(
 
     `rename` gives another name; `defaults` is for commands that have their own.
     """
-    hints, docs = get_type_hints(declaration), _field_docs(declaration)
+    hints, docs = get_type_hints(declaration), field_docs(declaration)
     group = Group(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", declaration.__name__.removesuffix("Config")))
     flags = []
     for declared in fields(declaration):
@@ -129,7 +129,7 @@ def take(options: dict[str, Any], declaration: type, skip: Collection[str] = ())
     return {name: options.pop(name) for name in list(options) if name in names}
 
 
-def _field_docs(declaration: type) -> dict[str, str]:
+def field_docs(declaration: type) -> dict[str, str]:
     """The docstring under each field, without rule numbers, as one line."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(declaration)))
     body = tree.body[0].body  # type: ignore[attr-defined]
