@@ -79,11 +79,21 @@ def _row_kernel(
     inside = output < num_outputs
     row = tl.minimum(output, num_outputs - 1).to(tl.int64) * num_inputs
     column = tl.arange(0, BK)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     total = tl.zeros([BN, BK], tl.float32)
-    for first in range(0, num_inputs, BK * UNROLL):
+    if DEPENDENT:  # weights do not depend on anything: ask for the first before waiting
+        tl.extra.cuda.gdc_launch_dependents()
+        within = column < num_inputs
+        early = tl.load(
+            weight + row[:, None] + column[None, :],
+            within[None, :],
+            0.0,
+            eviction_policy="evict_first",
+        )
+        tl.extra.cuda.gdc_wait()
+        value = tl.load(x + column, within, 0.0)
+        total += early.to(tl.float32) * value.to(tl.float32)[None, :]
+    start = BK if DEPENDENT else 0
+    for first in range(start, num_inputs, BK * UNROLL):
         for step in tl.static_range(UNROLL):
             k = first + step * BK + column
             if EVEN:
@@ -270,7 +280,7 @@ def _multiply_row(
         BN=plan.bn,
         BK=plan.bk,
         UNROLL=plan.unroll,
-        EVEN=num_inputs % (plan.bk * plan.unroll) == 0,
+        EVEN=(num_inputs - (plan.bk if dependent else 0)) % (plan.bk * plan.unroll) == 0,
         HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         DEPENDENT=dependent,

@@ -45,23 +45,23 @@ def choose_plan(m: int, n: int, k: int) -> Plan | None:
     """The plan for m rows with a weight [n, k]; None where the vendor's library is as fast."""
     if not 1 <= m <= MAX_ROWS or n * k < _MIN_WEIGHTS or k % 8:
         return None
-    if m == 1:
-        return row_plan(k)
-    return dot_plan(m, n, k)
+    return row_plan(k) if m == 1 else dot_plan(m, n)
 
 
 def row_plan(k: int) -> RowPlan:
-    """Four weight rows per program; as many columns in flight as registers hold."""
-    if k % 1024 == 0:
-        return RowPlan(4, 1024, 4, 4 if k % 4096 == 0 else 3 if k % 3072 == 0 else 1)
+    """Few weight rows per program, and as many columns in flight as registers hold."""
+    if k % 2048 == 0:
+        return RowPlan(4, 2048, 4, 1)
+    if k % 1024 == 0:  # the first 1,024 are under way before the kernel may read x
+        return RowPlan(2 if k > 1024 else 4, 1024, 4, 2 if k > 1024 else 1)
     return RowPlan(4, 512, 2, 1)
 
 
-def dot_plan(m: int, n: int, k: int) -> DotPlan | None:
-    """Narrow tiles where there are few outputs, so that all processors read."""
-    if m > 16:
+def dot_plan(m: int, n: int) -> DotPlan | None:
+    """Narrow tiles where there are few outputs: the library leaves processors idle there."""
+    if m > 32 or n > 2048:
         return None
-    return DotPlan(16 if n <= 8192 else 32, 64, 4, 1, 4, 4)
+    return DotPlan(8, 128, 4, 1, 4, 3)
 
 
 def default_plan(m: int) -> Plan:
