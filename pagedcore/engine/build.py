@@ -1,6 +1,8 @@
 """An engine from a configuration: plugins, model folder, executor, scheduler, in this order."""
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pluggy
 
@@ -9,22 +11,30 @@ from pagedcore.engine.engine import Engine
 from pagedcore.engine.info import EngineInfo
 from pagedcore.execution.loading import build_executor
 from pagedcore.plugins import choose, collect, load_plugins
+from pagedcore.scheduling.hashing import check_algorithm
 from pagedcore.scheduling.scheduler import Scheduler
 from pagedcore.sources import find_model
 
 
 def build_engine(
-    config: EngineConfig, *, usage: Usage = "offline", plugins: pluggy.PluginManager | None = None
+    config: EngineConfig,
+    *,
+    usage: Usage = "offline",
+    plugins: pluggy.PluginManager | None = None,
+    folder: Path | None = None,
 ) -> Engine:
     """Find the model, load it and size its cache.
 
-    Raises ConfigError, ModelError, PluginError or UnknownNameError, before any weight is read
-    where the cause can be known by then.
+    `plugins` and the model's `folder` are for callers who have found them already. Raises
+    ConfigError, ModelError, PluginError or UnknownNameError, before any weight is read where the
+    cause can be known by then.
     """
     started = time.perf_counter()
     plugins = plugins or load_plugins(config.execution.disable_plugin)
     policy = choose(plugins, "pagedcore_policies", config.scheduler.scheduling_policy)()
-    folder = find_model(
+    if config.cache.enable_prefix_caching:
+        check_algorithm(config.cache.prefix_caching_hash_algo)
+    folder = folder or find_model(
         config.model.model,
         collect(plugins, "pagedcore_sources"),
         revision=config.model.revision,
@@ -33,8 +43,11 @@ def build_engine(
     executor = build_executor(config, folder, plugins, usage)
     config = executor.config
     assert config.scheduler.max_num_seqs is not None
+    limits = config.scheduler
+    if usage == "offline":  # nobody could retry: everything that is asked for waits (QUEUE-2)
+        limits = replace(limits, max_num_queued_reqs=0, max_num_queued_tokens=0)
     scheduler = Scheduler(
-        config.scheduler,
+        limits,
         num_blocks=executor.num_blocks,
         block_size=executor.block_size,
         groups=executor.groups,

@@ -1,75 +1,39 @@
 """The offline Python API: a model in this process, prompts in, text out."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pagedcore.config import DEFAULT_MODEL, EngineConfig
 from pagedcore.engine.build import build_engine
 from pagedcore.engine.engine import Engine
-from pagedcore.errors import RequestError
-from pagedcore.request import FinishReason, OutputKind, Request, SamplingParams
-from pagedcore.step import StepOutput, TokenLogprobs
+from pagedcore.engine.outputs import Choice, CompletionOutput, Job, RequestOutput
+from pagedcore.errors import EngineDeadError, RequestError
+from pagedcore.plugins import collect, load_plugins
+from pagedcore.request import (
+    FinishReason,
+    OutputKind,
+    Request,
+    SamplingLimits,
+    SamplingParams,
+)
+from pagedcore.sources import find_model
+from pagedcore.step import Finished
 from pagedcore.text.inputs import EngineInput, InputProcessor
-from pagedcore.text.output_text import OutputText
 from pagedcore.text.tokenizer import Tokenizer
+
+__all__ = ["LLM", "CompletionOutput", "Message", "Prompt", "RequestOutput"]
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
-
-
-@dataclass(slots=True)
-class CompletionOutput:
-    """One choice of one prompt, as far as it has come."""
-
-    index: int
-    """Which of the n choices."""
-
-    text: str = ""
-    """The text; empty with `detokenize=False`."""
-
-    token_ids: list[int] = field(default_factory=list)
-    """The tokens behind it."""
-
-    logprobs: list[TokenLogprobs] | None = None
-    """One entry per token, when `logprobs` was asked for."""
-
-    finish_reason: FinishReason | None = None
-    """None while the choice goes on."""
-
-    stop_reason: int | str | None = None
-    """The stop token id or stop string that ended it, where one did."""
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """One prompt and its choices."""
-
-    prompt: str | None
-    """The text that was asked for or rendered; None when the prompt was token ids."""
-
-    prompt_token_ids: list[int]
-    """What the model saw."""
-
-    outputs: list[CompletionOutput]
-    """The n choices, in order."""
-
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """One entry per prompt token, the first None, when `prompt_logprobs` was asked for."""
-
-    num_cached_tokens: int = 0
-    """Prompt tokens that came from the prefix cache."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether every choice has ended."""
-        return all(choice.finish_reason is not None for choice in self.outputs)
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
@@ -78,53 +42,64 @@ class LLM:
         llm = LLM("smollm2-135m", max_num_seqs=8)
         llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text
 
-    Keywords are the fields of `EngineConfig`'s sections. Raises ConfigError, ModelError,
-    PluginError or UnknownNameError when it cannot start. Not thread-safe.
+    Keywords are the fields of `EngineConfig`'s sections and of `SamplingLimits`. Raises
+    ConfigError, ModelError, PluginError or UnknownNameError when it cannot start. Streams and
+    batches may be under way at the same time, in one thread: it is not thread-safe.
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
+        names = {declared.name for declared in fields(SamplingLimits)}
+        self._limits = SamplingLimits(**{k: options.pop(k) for k in names & options.keys()})
         config = EngineConfig.from_options(model=model, **options)
-        self._engine: Engine = build_engine(config, usage="offline")
-        info = self._engine.info
-        self.tokenizer = Tokenizer.from_folder(Path(config.model.tokenizer or info.model))
-        self._inputs = InputProcessor.from_folder(
-            Path(info.model),
+        plugins = load_plugins(config.execution.disable_plugin)
+        find = partial(find_model, sources=collect(plugins, "pagedcore_sources"))
+        folder = find(config.model.model, revision=config.model.revision)
+        of_text = folder
+        if config.model.tokenizer is not None:
+            of_text = find(config.model.tokenizer, holding="tokenizer.json")
+        self.tokenizer = Tokenizer.from_folder(of_text)
+        read_inputs = partial(
+            InputProcessor.from_folder,
+            folder,
             self.tokenizer,
-            max_model_len=info.max_model_len,
-            vocab_size=info.vocab_size,
             generation_config=config.model.generation_config,
             chat_template=config.model.chat_template,
         )
+        read_inputs(max_model_len=1, vocab_size=1)  # complains before any weight is read
+        self._engine = build_engine(config, usage="offline", plugins=plugins, folder=folder)
+        info = self._engine.info
+        self._inputs = read_inputs(max_model_len=info.max_model_len, vocab_size=info.vocab_size)
         self._ids = itertools.count()
+        self._live: dict[int, Choice] = {}
+        self._closed = False
 
     @property
     def engine(self) -> Engine:
-        """The engine itself, for programs that drive the steps."""
+        """The engine itself, for programs that drive the steps.
+
+        A step hands its tokens to whoever calls it, so do not mix this with the methods here
+        while requests are under way.
+        """
         return self._engine
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        progress: bool = True,
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, progress: bool = True
     ) -> list[RequestOutput]:
         """Complete each prompt; results are in the order of the prompts.
 
         A prompt is text or token ids. `params` is one for all or one for each prompt. Raises
-        RequestError, before anything runs, when any of them is invalid.
+        RequestError, before anything runs, when any of them is invalid. `progress` shows a bar on
+        stderr, where that is a terminal.
         """
-        listed = _as_list(prompts)
-        inputs = [
-            self._inputs.completion(p, q)
-            for p, q in zip(listed, _for_each(params, listed), strict=True)
-        ]
-        return self._run_all(inputs, progress)
+        self._check_open()
+        listed = _as_prompts(prompts)
+        pairs = zip(listed, _for_each(params, len(listed)), strict=True)
+        return self._run_all([self._completion(prompt, one) for prompt, one in pairs], progress)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params = None,
         *,
         progress: bool = True,
         **template_options: Any,
@@ -133,12 +108,14 @@ class LLM:
 
         `template_options` go to the chat template (`tools`, `add_generation_prompt`, ...).
         """
+        self._check_open()
+        if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+            kind = type(messages).__name__
+            raise RequestError(f"messages must be a list of messages, not {kind}", "messages")
         talks: list[Any] = [messages] if _is_conversation(messages) else list(messages)
-        inputs = [
-            self._inputs.chat(talk, q, **template_options)
-            for talk, q in zip(talks, _for_each(params, talks), strict=True)
-        ]
-        return self._run_all(inputs, progress)
+        pairs = zip(talks, _for_each(params, len(talks)), strict=True)
+        entries = [self._conversation(talk, one, template_options) for talk, one in pairs]
+        return self._run_all(entries, progress)
 
     def stream(
         self,
@@ -149,17 +126,25 @@ class LLM:
         """Yield the growing answer to one prompt or conversation after each step.
 
         `params.output_kind` decides whether an item holds all text so far, only what is new, or
-        whether there is one item at the end. Leaving the loop aborts the request.
+        whether there is one item at the end. Raises RequestError here and now when the request is
+        invalid; it starts with the first item. Leaving the loop aborts it.
         """
+        self._check_open()
+        [one] = _for_each(params, 1)
         if _is_conversation(prompt):
-            job = self._start(self._inputs.chat(prompt, params, **template_options))  # type: ignore[arg-type]
-        else:
-            job = self._start(self._inputs.completion(prompt, params))  # type: ignore[arg-type]
-        return self._stream(job)
+            return self._stream(self._conversation(prompt, one, template_options))
+        if template_options:
+            names = ", ".join(template_options)
+            raise RequestError(f"{names}: only a conversation has a chat template", "prompt")
+        _as_prompts(prompt)  # complains of what is none
+        return self._stream(self._completion(prompt, one))  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Release the device; the object cannot be used afterwards."""
-        self._engine.shutdown()
+        """Release the device; the object cannot be used afterwards. Again, it does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._live.clear()
+            self._engine.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -172,143 +157,128 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _start(self, entry: EngineInput) -> "_Job":
-        """Hand one prompt with its n choices to the engine."""
-        job = _Job(entry, self.tokenizer, first_id=next(self._ids))
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineDeadError("this LLM was closed: make another one")
+
+    def _completion(self, prompt: Prompt, params: SamplingParams | None) -> EngineInput:
+        return self._checked(self._inputs.completion(prompt, params))
+
+    def _conversation(
+        self, messages: Any, params: SamplingParams | None, options: Mapping[str, Any]
+    ) -> EngineInput:
+        return self._checked(self._inputs.chat(messages, params, **options))
+
+    def _checked(self, entry: EngineInput) -> EngineInput:
+        entry.params.check_limits(self._limits)
+        return entry
+
+    def _run_all(self, entries: Sequence[EngineInput], progress: bool) -> list[RequestOutput]:
+        jobs: list[Job] = []
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        shown = progress and console.is_terminal
+        bar = Progress(
+            *columns, TimeElapsedColumn(), console=console, transient=True, disable=not shown
+        )
+        try:
+            for entry in entries:
+                self._start(entry, jobs)
+            with bar:
+                task = bar.add_task("prompts", total=len(jobs))
+                num_done = 0
+                while num_done < len(jobs):
+                    if self._advance():
+                        num_done = sum(job.num_live == 0 for job in jobs)
+                        bar.update(task, completed=num_done)
+        finally:
+            self._abort(jobs)
+        return [job.output for job in jobs]
+
+    def _stream(self, entry: EngineInput) -> Iterator[RequestOutput]:
+        self._check_open()
+        jobs: list[Job] = []
+        kind = entry.params.output_kind
+        try:
+            self._start(entry, jobs)
+            [job] = jobs
+            while job.num_live or job.has_news:
+                if job.has_news and (kind is not OutputKind.FINAL_ONLY or not job.num_live):
+                    yield job.snapshot(delta=kind is OutputKind.DELTA)
+                else:
+                    self._check_open()
+                    self._advance()
+        finally:
+            self._abort(jobs)
+
+    def _start(self, entry: EngineInput, jobs: list[Job]) -> None:
+        """Hand one prompt with its n choices to the engine, and add its job to `jobs`."""
+        first_id = next(self._ids)
+        for _ in range(entry.params.n - 1):
+            next(self._ids)
+        job = Job(entry, self.tokenizer, first_id)
         requests = [
             Request(
-                id=job.first_id + index,
+                id=choice.id,
                 prompt_token_ids=np.asarray(entry.prompt_token_ids, np.int32),
                 params=entry.params.for_choice(index),
                 eos_token_id=entry.eos_token_id,
                 bad_words_token_ids=entry.bad_words_token_ids,
             )
-            for index in range(entry.params.n)
+            for index, choice in enumerate(job.choices)
         ]
-        for _ in requests[1:]:
-            next(self._ids)
         self._engine.add(requests[0], requests[1:])
-        return job
+        self._live.update((choice.id, choice) for choice in job.choices)
+        jobs.append(job)
 
-    def _run_all(self, inputs: Sequence[EngineInput], progress: bool) -> list[RequestOutput]:
-        jobs = [self._start(entry) for entry in inputs]
-        by_id = {job.first_id + i: job for job in jobs for i in range(len(job.output.outputs))}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        bar = Progress(*columns, TimeElapsedColumn(), transient=True, disable=not progress)
-        try:
-            with bar:
-                task = bar.add_task("prompts", total=len(jobs))
-                while by_id:
-                    self._advance(by_id)
-                    bar.update(task, completed=sum(job.output.finished for job in jobs))
-        finally:
-            self._engine.abort(list(by_id))
-        return [job.output for job in jobs]
+    def _abort(self, jobs: Iterable[Job]) -> None:
+        """Give up what is left of jobs."""
+        ids = [choice.id for job in jobs for choice in job.choices if choice.id in self._live]
+        for request_id in ids:
+            del self._live[request_id]
+        if ids:
+            self._engine.abort(ids)
 
-    def _stream(self, job: "_Job") -> Iterator[RequestOutput]:
-        by_id = {job.first_id + i: job for i in range(len(job.output.outputs))}
-        kind = job.entry.params.output_kind
-        try:
-            while by_id:
-                if not self._advance(by_id):
-                    continue
-                if kind is not OutputKind.FINAL_ONLY or not by_id:
-                    yield job.snapshot(delta=kind is OutputKind.DELTA)
-        finally:
-            self._engine.abort(list(by_id))
-
-    def _advance(self, by_id: dict[int, "_Job"]) -> bool:
-        """Run one step; drop ended choices from `by_id`. Whether any of them moved."""
+    def _advance(self) -> bool:
+        """Run one step for all jobs under way; whether any choice ended."""
         output = self._engine.step()
+        live, num_live = self._live, len(self._live)
         if output is None:
-            return False
-        moved = False
-        ended = {end.request_id: end for end in output.finished}
-        tokens = dict(zip(output.request_ids.tolist(), output.tokens.tolist(), strict=True))
-        for request_id in tokens.keys() | ended.keys() | output.prompt_logprobs.keys():
-            job = by_id.get(request_id)
-            if job is None:
-                continue
-            moved = True
-            end = ended.get(request_id)
-            done = job.take(
-                request_id,
-                [tokens[request_id]] if request_id in tokens else [],
-                output,
-                end.reason if end else None,
-                end.stop_reason if end else None,
-            )
-            if done:
-                del by_id[request_id]
-                if end is None:  # a stop string, which the engine does not know
-                    self._engine.abort([request_id])
-        return moved
+            return False if self._engine.has_work else self._end_lost()
+        searched: list[Choice] = []
+        for request_id, token in zip(
+            output.request_ids.tolist(), output.tokens.tolist(), strict=True
+        ):
+            choice = live.get(request_id)
+            if choice is not None:
+                choice.new_tokens.append(token)
+                if choice.has_stop_strings:
+                    searched.append(choice)
+        for request_id, logprobs in output.logprobs.items():
+            if request_id in live:
+                live[request_id].new_logprobs.append(logprobs)
+        for request_id, entries in output.prompt_logprobs.items():
+            if request_id in live:
+                live[request_id].job.add_prompt_logprobs(entries)
+        for request_id, num_cached in output.num_cached_tokens.items():
+            if request_id in live and live[request_id].output.index == 0:
+                live[request_id].job.output.num_cached_tokens = num_cached
+        for end in output.finished:
+            if end.request_id in live:
+                live.pop(end.request_id).settle(end)
+        for choice in searched:
+            if choice.id in live and choice.settle():
+                del live[choice.id]
+                self._engine.abort([choice.id])  # it knows no stop strings
+        return len(live) < num_live
 
-
-class _Job:
-    """One prompt on its way: gathers tokens into text."""
-
-    def __init__(self, entry: EngineInput, tokenizer: Tokenizer, first_id: int) -> None:
-        self.entry = entry
-        self.first_id = first_id
-        params = entry.params
-        choices = [
-            CompletionOutput(index, logprobs=None if params.logprobs is None else [])
-            for index in range(params.n)
-        ]
-        self.output = RequestOutput(
-            prompt=entry.prompt,
-            prompt_token_ids=list(entry.prompt_token_ids),
-            outputs=choices,
-            prompt_logprobs=None if params.prompt_logprobs is None else [None],
-        )
-        self._texts = [
-            OutputText(tokenizer, entry.prompt_token_ids, params, eos_token_id=entry.eos_token_id)
-            for _ in choices
-        ]
-        self._sent = [(0, 0) for _ in choices]
-
-    def take(
-        self,
-        request_id: int,
-        token_ids: list[int],
-        step: StepOutput,
-        reason: FinishReason | None,
-        stop_reason: int | None,
-    ) -> bool:
-        """Add a step's tokens to a choice; whether the choice is over."""
-        index = request_id - self.first_id
-        choice = self.output.outputs[index]
-        if request_id in step.num_cached_tokens and index == 0:
-            self.output.num_cached_tokens = step.num_cached_tokens[request_id]
-        if self.output.prompt_logprobs is not None and index == 0:
-            self.output.prompt_logprobs += step.prompt_logprobs.get(request_id, [])
-        if choice.logprobs is not None and request_id in step.logprobs:
-            choice.logprobs.append(step.logprobs[request_id])
-        delta = self._texts[index].push(token_ids, finish_reason=reason)
-        choice.token_ids += token_ids
-        choice.text += delta.text
-        if delta.stop is not None:
-            choice.finish_reason, choice.stop_reason = FinishReason.STOP, delta.stop
-        elif reason is not None:
-            choice.finish_reason, choice.stop_reason = reason, stop_reason
-        return choice.finish_reason is not None
-
-    def snapshot(self, *, delta: bool) -> RequestOutput:
-        """A copy that later steps do not change; with `delta`, only what is new."""
-        choices = []
-        for i, choice in enumerate(self.output.outputs):
-            chars, tokens = self._sent[i] if delta else (0, 0)
-            choices.append(
-                replace(
-                    choice,
-                    text=choice.text[chars:],
-                    token_ids=choice.token_ids[tokens:],
-                    logprobs=None if choice.logprobs is None else choice.logprobs[tokens:],
-                )
-            )
-            self._sent[i] = (len(choice.text), len(choice.token_ids))
-        return replace(self.output, outputs=choices)
+    def _end_lost(self) -> bool:
+        """End what the engine has nothing of: it was aborted there, by its id."""
+        lost = list(self._live.values())
+        self._live.clear()
+        for choice in lost:
+            choice.settle(Finished(choice.id, FinishReason.ABORT))
+        return bool(lost)
 
 
 def _is_conversation(value: object) -> bool:
@@ -320,17 +290,30 @@ def _is_conversation(value: object) -> bool:
     )
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+def _as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt, or several, as a list; raises RequestError for what is neither."""
+    if isinstance(prompts, str) or (_is_list(prompts) and prompts and isinstance(prompts[0], int)):
+        return [prompts]
+    for prompt in [prompts] if not _is_list(prompts) else prompts:
+        if not isinstance(prompt, str) and not _is_list(prompt):
+            raise RequestError(
+                "a prompt must be text or a list of token ids, and several prompts a list of "
+                f"these, not {type(prompt).__name__}",
+                "prompt",
+            )
+    return list(prompts)
 
 
-def _for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[object]
-) -> Sequence[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * len(prompts)
-    if len(params) != len(prompts):
-        raise RequestError(f"{len(prompts)} prompts need as many params, not {len(params)}")
-    return params
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _for_each(params: Any, num_prompts: int) -> Sequence[SamplingParams | None]:
+    """One of `params` for each prompt; raises RequestError for anything else."""
+    listed = params if _is_list(params) else [params] * num_prompts
+    for one in listed:
+        if one is not None and not isinstance(one, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {type(one).__name__}")
+    if len(listed) != num_prompts:
+        raise RequestError(f"{num_prompts} prompts need as many params, not {len(listed)}")
+    return listed

@@ -30,11 +30,7 @@ class BlockHasher:
     """
 
     def __init__(self, algorithm: str) -> None:
-        if algorithm not in _ALGORITHMS:
-            raise ConfigError(
-                f"prefix_caching_hash_algo must be one of {', '.join(_ALGORITHMS)}, "
-                f"not {algorithm!r}"
-            )
+        check_algorithm(algorithm)
         self.is_cryptographic = algorithm.startswith("sha256")
         """Otherwise a hit must compare the tokens as well (KV-13)."""
         self._digest, self._pack, pack_seed = _ALGORITHMS[algorithm]()
@@ -70,6 +66,15 @@ class BlockHasher:
             "or use --prefix-caching-hash-algo sha256"
         )
         return os.urandom(32).hex()
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Raise ConfigError for an unknown algorithm, or one whose library is not installed."""
+    if algorithm not in _ALGORITHMS:
+        raise ConfigError(
+            f"prefix_caching_hash_algo must be one of {', '.join(_ALGORITHMS)}, not {algorithm!r}"
+        )
+    _ALGORITHMS[algorithm]()
 
 
 def _pack_raw(parent: bytes, tokens: Any, extra: Extra) -> bytes:
