@@ -173,6 +173,7 @@ def test_the_openapi_document_tells_of_every_route(server):
     schema = completion["requestBody"]["content"]["application/json"]["schema"]
     name = schema["$ref"].rpartition("/")[2]
     assert "max_tokens" in document["components"]["schemas"][name]["properties"]
-    assert list(paths["/pooling"]["post"]["responses"]) == ["501"]
+    assert "200" not in paths["/pooling"]["post"]["responses"]
+    assert "501" in paths["/pooling"]["post"]["responses"]
     refs = json.dumps(document).split('"#/components/schemas/')[1:]
     assert {ref.partition('"')[0] for ref in refs} <= set(document["components"]["schemas"])

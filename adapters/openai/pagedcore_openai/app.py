@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 
 from pagedcore.config import EngineConfig
 from pagedcore.engine.client import EngineClient
@@ -19,7 +19,10 @@ from pagedcore_openai.counters import Counters
 from pagedcore_openai.endpoints import Endpoints
 from pagedcore_openai.errors import ApiError, as_api_error
 from pagedcore_openai.gate import Gate
+from pagedcore_openai.intake import Intake
+from pagedcore_openai.openapi import describe, document
 from pagedcore_openai.probes import Probes
+from pagedcore_openai.responses import Responses
 from pagedcore_openai.surface import Surface
 from pagedcore_openai.unbuilt import add_unbuilt
 
@@ -81,15 +84,24 @@ def build_app(
     for kind in (ApiError, PagedcoreError, ValidationError, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    Endpoints(surface).add_to(app)
+    intake = Intake(surface)
+    Endpoints(surface, intake).add_to(app)
+    Responses(surface, intake).add_to(app)
     Probes(surface).add_to(app)
     add_unbuilt(app, surface)
-    app.add_api_route("/", _chat_page, methods=["GET"])
+    app.add_api_route("/", _chat_page, methods=["GET"], **describe(media_type="text/html"))
+    app.add_api_route("/openapi.json", _openapi, methods=["GET"], **describe())
     return app
 
 
 async def _chat_page(request: Request) -> Response:
+    """A page to talk to the model."""
     return FileResponse(_CHAT_PAGE, media_type="text/html")
+
+
+async def _openapi(request: Request) -> Response:
+    """This document."""
+    return JSONResponse(document(request.app))
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -8,26 +8,10 @@ from urllib.parse import quote
 
 from pagedcore.errors import RequestError
 from pagedcore.server_config import ServerConfig
+from pagedcore_openai.protocol import Fields
 
 MAX_HEADER_BYTES = 4096
 """Longest list of ignored fields in a header (REQ-4)."""
-
-NO_EFFECT = frozenset(
-    {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "session_id",
-        "kv_transfer_params",
-        "best_of",
-        "guided_decoding_backend",
-        "vllm_xargs",
-        "mm_processor_kwargs",
-        "include_reasoning",
-    }
-)
-"""Fields that are known and change nothing here (REQ-3)."""
 
 _NESTED: dict[str, frozenset[str]] = {
     "stream_options": frozenset({"include_usage", "continuous_usage_stats"}),
@@ -107,7 +91,7 @@ def check_sizes(body: Mapping[str, Any], server: ServerConfig) -> None:
 
 def unknown_paths(body: Mapping[str, Any], known: Collection[str]) -> list[str]:
     """Fields that mean nothing here, as sorted paths (REQ-4)."""
-    paths = [name for name in body if name not in known and name not in NO_EFFECT]
+    paths = [name for name in body if name not in known]
     for name, inner in _NESTED.items():
         paths += _unknown_in(body.get(name), inner, f"{name}.")
     tools = body.get("tools")
@@ -118,12 +102,12 @@ def unknown_paths(body: Mapping[str, Any], known: Collection[str]) -> list[str]:
     return sorted(map(_printable, paths))
 
 
-def ignored_paths(body: Mapping[str, Any], known: Collection[str], *, strict: bool) -> list[str]:
+def ignored_paths(body: Mapping[str, Any], kind: type[Fields], *, strict: bool) -> list[str]:
     """What the header of ignored fields lists; raises RequestError for the unknown if `strict`."""
-    unknown = unknown_paths(body, known)
+    unknown = unknown_paths(body, kind.model_fields.keys() | kind.NO_EFFECT)
     if strict and unknown:
         raise RequestError(f"unknown field {unknown[0][:200]}", unknown[0][:200])
-    return sorted([*unknown, *(name for name in body if name in NO_EFFECT)])
+    return sorted([*unknown, *(name for name in body if name in kind.NO_EFFECT)])
 
 
 def header_list(paths: list[str]) -> str:

@@ -12,7 +12,7 @@ from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
 MAX_MESSAGE_BYTES = 2048
 """Longest message of an error (ERR-3)."""
 
-_TYPES = {
+TYPES = {
     400: "BadRequestError",
     401: "authentication_error",
     404: "NotFoundError",
@@ -27,6 +27,7 @@ _TYPES = {
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
+"""The `type` of each status (ERR-2)."""
 
 
 class ApiError(Exception):
@@ -49,7 +50,7 @@ class ApiError(Exception):
         message = str(self).encode(errors="backslashreplace")[:MAX_MESSAGE_BYTES]
         error: dict[str, Any] = {
             "message": message.decode(errors="ignore"),
-            "type": _TYPES.get(self.status, "InternalServerError"),
+            "type": TYPES.get(self.status, "InternalServerError"),
             "param": self.param,
             "code": self.status,
         }

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
@@ -13,10 +14,9 @@ from starlette.types import Receive, Scope, Send
 from pagedcore.errors import OverloadedError
 from pagedcore.request import FinishReason
 from pagedcore_openai.answer import Answer, Piece
-from pagedcore_openai.errors import as_api_error
+from pagedcore_openai.errors import ApiError, as_api_error
 from pagedcore_openai.surface import ClientGoneError, Surface
 
-_DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -40,21 +40,13 @@ class Shape(Protocol):
         ...
 
 
-class EventStream(Response):
-    """Streams an answer that the engine has admitted."""
+class EventStream(Response, ABC):
+    """Streams an answer that the engine has admitted; a subclass says what its events are."""
 
-    def __init__(
-        self,
-        surface: Surface,
-        answer: Answer,
-        shape: Shape,
-        envelope: Mapping[str, Any],
-        headers: Mapping[str, str],
-        *,
-        include_usage: bool,
-        continuous_usage: bool,
-    ) -> None:
-        """`envelope` is what all chunks have in common: id, object, created, model."""
+    END = b""
+    """What every stream ends with."""
+
+    def __init__(self, surface: Surface, answer: Answer, headers: Mapping[str, str]) -> None:
         self.status_code = 200
         self.media_type = "text/event-stream"
         self.background: BackgroundTask | None = None
@@ -63,12 +55,26 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._surface = surface
         self._answer = answer
-        self._shape = shape
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
-        self._details = surface.server.enable_prompt_tokens_details
-        self._head = b"data: " + _encode(envelope)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    @abstractmethod
+    def events_of(self, piece: Piece) -> bytes:
+        """The events that tell a piece; empty for none."""
+
+    @abstractmethod
+    def failure(self, error: ApiError) -> bytes:
+        """The last events of an answer that failed."""
+
+    @abstractmethod
+    def last_words(self) -> bytes:
+        """The last events of an answer that was aborted because the server ends."""
+
+    def beginning(self) -> bytes:
+        """Events before the first piece."""
+        return b""
+
+    def ending(self) -> bytes:
+        """Events after the last piece of an answer that succeeded."""
+        return b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; what has not ended is aborted when its reader goes away."""
@@ -87,41 +93,81 @@ class EventStream(Response):
         except asyncio.CancelledError:
             if not self._surface.aborting:
                 raise
-            events = b"".join(map(self._chunks, self._aborted()))
+            events = self.last_words()
             await send({"type": "http.response.body", "body": events, "more_body": True})
         finally:
             self._answer.close()
             beat.stop()
-        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self.END, "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
         try:
+            if beginning := self.beginning():
+                yield beginning
             async for piece in self._answer.pieces():
-                events = self._chunks(piece)
+                events = self.events_of(piece)
                 if events:
                     yield events
         except OverloadedError as error:
             if error.reason == "slow_reader":
                 raise ClientGoneError from error  # it does not read an error either
-            yield b"data: " + as_api_error(error).body() + b"\n\n"
+            yield self.failure(as_api_error(error))
         except Exception as error:
-            yield b"data: " + as_api_error(error, admitted=True).body() + b"\n\n"
+            yield self.failure(as_api_error(error, admitted=True))
         else:
-            if self._include_usage:
-                yield self._head + b"]," + self._usage() + b"}\n\n"
+            if ending := self.ending():
+                yield ending
 
-    def _chunks(self, piece: Piece) -> bytes:
+
+class ChunkStream(EventStream):
+    """The chunks of chat and completions."""
+
+    END = b"data: [DONE]\n\n"
+
+    def __init__(
+        self,
+        surface: Surface,
+        answer: Answer,
+        headers: Mapping[str, str],
+        shape: Shape,
+        envelope: Mapping[str, Any],
+        *,
+        include_usage: bool,
+        continuous_usage: bool,
+    ) -> None:
+        """`envelope` is what all chunks have in common: id, object, created, model."""
+        super().__init__(surface, answer, headers)
+        self._shape = shape
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._details = surface.server.enable_prompt_tokens_details
+        self._head = b"data: " + _encode(envelope)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    def events_of(self, piece: Piece) -> bytes:
+        """A chunk, or two for the first of a chat's choice."""
         tail = self._tail
         if self._continuous_usage:
             tail = b"]," + self._usage() + b"}\n\n"
         chunks = self._shape.chunks(piece)
         return b"".join([self._head + _encode(choice) + tail for choice in chunks])
 
+    def failure(self, error: ApiError) -> bytes:
+        """The error, as every other one (STREAM-6)."""
+        return b"data: " + error.body() + b"\n\n"
+
+    def last_words(self) -> bytes:
+        """An end for each choice that has none (LIFE-4)."""
+        live = sorted(self._answer.live)
+        pieces = [Piece(index, finish_reason=FinishReason.ABORT) for index in live]
+        return b"".join(map(self.events_of, pieces))
+
+    def ending(self) -> bytes:
+        """The usage, if it was asked for (USAGE-1)."""
+        return self._head + b"]," + self._usage() + b"}\n\n" if self._include_usage else b""
+
     def _usage(self) -> bytes:
         return b'"usage":' + _encode(self._answer.usage.as_dict(with_details=self._details))
-
-    def _aborted(self) -> list[Piece]:
-        return [Piece(i, finish_reason=FinishReason.ABORT) for i in sorted(self._answer.live)]
 
 
 class _Heart:

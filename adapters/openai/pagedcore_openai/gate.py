@@ -27,6 +27,9 @@ REQUEST_ID = "pagedcore_request_id"
 DEADLINE = "pagedcore_deadline"
 """Where it holds when the answer must be complete, in the event loop's time, or None."""
 
+KEY = "pagedcore_key"
+"""Where it holds the digest of the caller's key; empty where no key is known."""
+
 ARRIVAL = "pagedcore_arrival"
 """Where it holds when the request came, in the same time."""
 
@@ -79,7 +82,7 @@ class Gate:
 
         try:
             self._check_headers(scope)
-            key = self._authorised(scope["path"], headers)
+            key = state[KEY] = self._authorised(scope["path"], headers)
             with self._counted(scope["method"], key):
                 state[DEADLINE] = _deadline(headers)
                 if scope["method"] in ("POST", "PUT", "PATCH"):

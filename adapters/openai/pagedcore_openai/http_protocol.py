@@ -9,8 +9,8 @@ from typing import Any, cast
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pagedcore.server_config import ServerConfig
-from pagedcore_openai.endpoints import ABORT
 from pagedcore_openai.errors import ApiError
+from pagedcore_openai.intake import ABORT
 
 
 class _RefusedError(Exception):
@@ -30,6 +30,7 @@ class GuardedHttp(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._in_headers = True
         self._begun = False
+        self._is_lost = False
         self._num_bytes = 0
         self._num_fields = 0
         self._num_chunks = 0
@@ -48,8 +49,8 @@ class GuardedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse, unless the connection is being closed; count what belongs to headers only."""
-        if self.transport.is_closing():
+        """Parse, unless the connection is to end; count what belongs to headers only."""
+        if self.transport.is_closing() or self._is_lost:
             return
         if self._in_headers and self._begun:
             self._num_bytes += len(data)
@@ -104,12 +105,16 @@ class GuardedHttp(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be parsed, in the shape of every other error (ERR-1).
 
-        Where an answer has begun already, nothing but its end can be told.
+        Where an earlier request waits for its answer, it gets that, and then the connection ends.
         """
         cycle = self.cycle
-        begun = cycle is not None and cycle.response_started and not cycle.response_complete
-        if begun or self.pipeline:
-            self.transport.close()
+        if (
+            cycle is not None
+            and not cycle.response_complete
+            and (cycle.response_started or not cycle.more_body)
+        ):
+            self._is_lost = True
+            cycle.keep_alive = False  # it ends the connection, after those before it
             return
         error = self._refusal or ApiError(400, "this is not a valid HTTP request")
         body = error.body()

@@ -9,8 +9,9 @@ from typing import Any
 from pagedcore.errors import RequestError
 from pagedcore.request import RepetitionDetection, SamplingParams, field_names
 from pagedcore.server_config import ServerConfig
-from pagedcore.text.inputs import EngineInput, InputProcessor
+from pagedcore.text.inputs import EngineInput
 from pagedcore.text.messages import checked_messages
+from pagedcore_openai.bounded_inputs import BoundedInputs
 from pagedcore_openai.errors import ApiError
 from pagedcore_openai.protocol import (
     ChatRequest,
@@ -79,7 +80,7 @@ def check_generation(request: GenerationRequest, server: ServerConfig, policy: s
 
 
 def completion_inputs(
-    request: CompletionRequest, inputs: InputProcessor, server: ServerConfig
+    request: CompletionRequest, inputs: BoundedInputs, server: ServerConfig
 ) -> list[EngineInput]:
     """One input per prompt; raises RequestError."""
     values = _params(request, inputs)
@@ -89,6 +90,9 @@ def completion_inputs(
         values["prompt_logprobs"] = request.logprobs
     params = _checked(values, server)
     add_special_tokens = request.add_special_tokens is not False
+    prompts = _prompts(request.prompt)
+    for prompt in prompts:
+        inputs.check_characters(len(prompt), "prompt")
     return [
         inputs.completion(
             prompt,
@@ -96,11 +100,11 @@ def completion_inputs(
             add_special_tokens=add_special_tokens,
             truncate_prompt_tokens=request.truncate_prompt_tokens,
         )
-        for prompt in _prompts(request.prompt)
+        for prompt in prompts
     ]
 
 
-def chat_input(request: ChatRequest, inputs: InputProcessor, server: ServerConfig) -> EngineInput:
+def chat_input(request: ChatRequest, inputs: BoundedInputs, server: ServerConfig) -> EngineInput:
     """The conversation as one input; raises RequestError, or ApiError 422 without a template."""
     values = _params(request, inputs)
     asked = _asked_max_tokens(request, inputs.max_model_len)
@@ -137,12 +141,13 @@ def check_template_kwargs(kwargs: Mapping[str, Any] | None) -> None:
             raise RequestError(f"chat_template_kwargs may not set {name!r}", "chat_template_kwargs")
 
 
-def tokenized(request: TokenizeRequest, inputs: InputProcessor) -> list[int]:
+def tokenized(request: TokenizeRequest, inputs: BoundedInputs) -> list[int]:
     """The token ids of a text or a conversation, however long."""
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("tokenize needs either prompt or messages", "prompt")
     special = request.add_special_tokens
     if request.prompt is not None:
+        inputs.check_characters(len(request.prompt), "prompt")
         return inputs.tokenizer.encode(request.prompt, special is not False)
     messages = checked_messages(_messages(request.messages, inputs, None))
     assert inputs.chat_template is not None
@@ -150,7 +155,7 @@ def tokenized(request: TokenizeRequest, inputs: InputProcessor) -> list[int]:
     return inputs.tokenizer.encode(text, bool(special))
 
 
-def detokenized(request: DetokenizeRequest, inputs: InputProcessor, vocab_size: int) -> str:
+def detokenized(request: DetokenizeRequest, inputs: BoundedInputs, vocab_size: int) -> str:
     """The text of token ids, special tokens included."""
     for token in request.tokens:
         if not 0 <= token < vocab_size:
@@ -204,12 +209,24 @@ def _check_chat(request: ChatRequest, server: ServerConfig) -> None:
     check_template_kwargs(request.chat_template_kwargs)
 
 
-def _messages(messages: Any, inputs: InputProcessor, own_template: str | None) -> Any:
+def _messages(messages: Any, inputs: BoundedInputs, own_template: str | None) -> Any:
     if inputs.chat_template is None and own_template is None:
         raise ApiError(
             422, "this model has no chat template: use completions, or start with --chat-template"
         )
+    if isinstance(messages, list):
+        inputs.check_characters(sum(map(_num_characters, messages)), "messages")
     return messages
+
+
+def _num_characters(message: Any) -> int:
+    """The length of a message's text; what is no message is refused elsewhere."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, list) else ()
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
@@ -234,7 +251,7 @@ def _not_empty(prompt: Any) -> Any:
     return prompt
 
 
-def _params(request: GenerationRequest, inputs: InputProcessor) -> dict[str, Any]:
+def _params(request: GenerationRequest, inputs: BoundedInputs) -> dict[str, Any]:
     values = inputs.default_params()
     for name in _SAMPLING:
         value = getattr(request, name)

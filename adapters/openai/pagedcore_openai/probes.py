@@ -11,6 +11,7 @@ from pagedcore.errors import EngineDeadError, OverloadedError
 from pagedcore.request import FinishReason, SamplingParams
 from pagedcore_openai.counters import PROBE_COUNTERS
 from pagedcore_openai.metrics import CONTENT_TYPE, exposition
+from pagedcore_openai.openapi import describe
 from pagedcore_openai.surface import Surface
 
 GENERATE_TIMEOUT_S = 10.0
@@ -25,18 +26,18 @@ class Probes:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
-        for path, endpoint in {
-            "/health": self.health,
-            "/ping": self.health,
-            "/livez": self.livez,
-            "/readyz": self.readyz,
-            "/health_generate": self.health_generate,
-            "/version": self.version,
-            "/load": self.load,
-            "/metrics": self.metrics,
-        }.items():
+        for path, endpoint, media_type in (
+            ("/health", self.health, None),
+            ("/ping", self.health, None),
+            ("/livez", self.livez, None),
+            ("/readyz", self.readyz, None),
+            ("/health_generate", self.health_generate, None),
+            ("/version", self.version, "application/json"),
+            ("/load", self.load, "application/json"),
+            ("/metrics", self.metrics, "text/plain"),
+        ):
             methods = ["GET", "POST"] if path == "/ping" else ["GET"]
-            app.add_api_route(path, endpoint, methods=methods, response_model=None)
+            app.add_api_route(path, endpoint, methods=methods, **describe(media_type=media_type))
 
     async def livez(self, request: Request) -> Response:
         """Whether restarting would not help."""

@@ -2,9 +2,32 @@
 they are used. Types are strict: "1" and true are no numbers. An absent field and null are the same.
 """
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+
+class Fields(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    NO_EFFECT: ClassVar[frozenset[str]] = frozenset(
+        {
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "session_id",
+            "kv_transfer_params",
+            "best_of",
+            "guided_decoding_backend",
+            "vllm_xargs",
+            "mm_processor_kwargs",
+            "include_reasoning",
+        }
+    )
+    """Fields that are known and change nothing here (REQ-3)."""
 
 
 class StreamOptions(BaseModel):
@@ -26,10 +49,8 @@ class RepetitionDetectionFields(BaseModel):
     min_pattern_size: int = 1
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Fields):
     """What completions and chat have in common."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     model: str | None = None
     stream: bool | None = None
@@ -77,7 +98,7 @@ class GenerationRequest(BaseModel):
     guided_json_object: Any = None
     guided_whitespace_pattern: Any = None
     use_beam_search: Any = None
-    best_of: Any = None
+    best_of: int | None = None
 
 
 class CompletionRequest(GenerationRequest):
@@ -105,10 +126,8 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: str | None = None
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Fields):
     """POST /tokenize: a text or a conversation."""
-
-    model_config = ConfigDict(strict=True)
 
     model: str | None = None
     prompt: str | None = None
@@ -120,10 +139,50 @@ class TokenizeRequest(BaseModel):
     tools: list[dict[str, Any]] | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Fields):
     """POST /detokenize."""
-
-    model_config = ConfigDict(strict=True)
 
     model: str | None = None
     tokens: list[int]
+
+
+class ResponseRequest(Fields):
+    """POST /v1/responses."""
+
+    NO_EFFECT: ClassVar[frozenset[str]] = frozenset(
+        {
+            "user",
+            "service_tier",
+            "parallel_tool_calls",
+            "max_tool_calls",
+            "reasoning",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "safety_identifier",
+        }
+    )
+    """See `Fields`."""
+
+    model: str | None = None
+    input: Any = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    stream: bool | None = None
+    background: bool | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+
+    # Known, but nothing here can do them: see `response_input.check_response`.
+    text: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    include: Any = None
+    top_logprobs: Any = None
+    conversation: Any = None
+    prompt: Any = None

@@ -15,8 +15,8 @@ from pagedcore.engine.client import EngineClient
 from pagedcore.engine.info import EngineInfo
 from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
 from pagedcore.server_config import ServerConfig
-from pagedcore.text.inputs import InputProcessor
 from pagedcore.text.tokenizer import Tokenizer
+from pagedcore_openai.bounded_inputs import BoundedInputs
 from pagedcore_openai.counters import Counters, Slot
 from pagedcore_openai.errors import ApiError
 
@@ -53,7 +53,7 @@ class Surface:
         """Whether work is being cancelled because the server ends."""
         self.created = int(time.time())
         """When this server began, in seconds since 1970."""
-        self._inputs: InputProcessor | None = None
+        self._inputs: BoundedInputs | None = None
         self._loading: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
@@ -95,7 +95,7 @@ class Surface:
         return self.client.info
 
     @property
-    def inputs(self) -> InputProcessor:
+    def inputs(self) -> BoundedInputs:
         """The model's text side; raises OverloadedError while it loads."""
         if self._inputs is None:
             raise OverloadedError("the model is loading", "not_ready", retry_after_s=5)
@@ -143,10 +143,8 @@ class Surface:
 
         `abort_all` cancels the work too, with `aborting` set: it may still say good-bye.
         """
-        task = asyncio.create_task(work)
+        task = self.spawn(work)
         watcher = asyncio.create_task(_disconnected(receive))
-        self._running.add(task)
-        self._idle.clear()
         try:
             await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -158,9 +156,19 @@ class Surface:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-            self._running.discard(task)
-            if not self._running:
-                self._idle.set()
+
+    def spawn(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """Do work that nobody waits for; the end of the server does, or aborts it."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        self._idle.clear()
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not self._running:
+            self._idle.set()
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more work, let what runs end for so long, then abort the rest (LIFE-4)."""
@@ -186,14 +194,14 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def load_inputs(config: EngineConfig, info: EngineInfo) -> InputProcessor:
+def load_inputs(config: EngineConfig, info: EngineInfo) -> BoundedInputs:
     """Read the tokenizer, the chat template and the sampling defaults of a served model.
 
     Raises ModelError or ConfigError where they are missing or broken.
     """
     folder = Path(info.model)
     tokenizer = Tokenizer.from_folder(_tokenizer_folder(config, folder))
-    return InputProcessor.from_folder(
+    return BoundedInputs.from_folder(
         folder,
         tokenizer,
         max_model_len=info.max_model_len,

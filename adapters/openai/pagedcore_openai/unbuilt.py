@@ -5,6 +5,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagedcore_openai.errors import ApiError
+from pagedcore_openai.openapi import describe, not_built
 from pagedcore_openai.surface import Surface
 
 UNBUILT = (
@@ -37,8 +38,13 @@ class Admin:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
-        app.add_api_route("/reset_prefix_cache", self.reset_prefix_cache, methods=["POST"])
-        app.add_api_route("/is_sleeping", self.is_sleeping, methods=["GET"])
+        app.add_api_route(
+            "/reset_prefix_cache",
+            self.reset_prefix_cache,
+            methods=["POST"],
+            **describe(media_type=None),
+        )
+        app.add_api_route("/is_sleeping", self.is_sleeping, methods=["GET"], **describe())
 
     async def reset_prefix_cache(self, request: Request) -> Response:
         """POST /reset_prefix_cache: forget cached prefixes; 503 while anything runs (POOL-7)."""
@@ -59,9 +65,9 @@ def add_unbuilt(app: FastAPI, surface: Surface) -> None:
         Admin(surface).add_to(app)
         paths += ADMIN_UNBUILT
     for path in paths:
-        app.add_api_route(path, _not_built, methods=["POST"], response_model=None)
+        app.add_api_route(path, _not_built, methods=["POST"], **not_built())
     for path in OTHER_TASK:
-        app.add_api_route(path, other_task, methods=["POST"], response_model=None)
+        app.add_api_route(path, other_task, methods=["POST"], **not_built())
 
 
 async def _not_built(request: Request) -> Response:

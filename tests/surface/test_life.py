@@ -1,0 +1,222 @@
+"""From loading to the last answer: probes, drains, signals, engines that die (semantics 7)."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+
+import pytest
+
+
+def stream_of(server, **fields):
+    """A stream of the official client, begun."""
+    client = server.client()
+    return client.completions.create(model="fake", prompt="abc", stream=True, **fields)
+
+
+def begun(server, num_streams, **fields):
+    server.engine.pause()
+    streams = [stream_of(server, **fields) for _ in range(num_streams)]
+    server.engine.wait_for_live(num_streams)
+    return streams
+
+
+def children_of(pid):
+    listing = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
+    direct = [int(line) for line in listing.stdout.split()]
+    return direct + [pid for child in direct for pid in children_of(child)]
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_gone(pids):
+    for pid in pids:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        import select
+
+        assert select.select([handle], [], [], 20)[0], f"{pid} lives on"
+        os.close(handle)
+
+
+def test_while_the_model_loads_the_port_answers_and_takes_no_work(start):  # LIFE-1
+    with start(engine={"load_format": "dummy"}, wait=False, slow_start=True) as server:
+        server.wait_listening()
+        assert server.get("/livez").status == 200
+        for path in ("/readyz", "/health"):
+            answer = server.get(path)
+            assert answer.error["type"] == "ServiceUnavailableError"
+        refused = server.complete()
+        assert refused.status == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert server.get("/v1/models").status == 503
+        server.finish_start()
+        server.wait_ready()
+        assert server.complete(max_tokens=1).status == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_aborts_what_runs_when_there_is_no_time(start, number):  # LIFE-4
+    with start() as server:
+        (stream,) = begun(server, 1, max_tokens=100)
+        server.engine.advance(1)
+        assert next(stream).choices[0].text == "a"
+        children = children_of(server.process.pid)
+        assert children
+        server.process.send_signal(number)
+        rest = list(stream)
+        assert rest[-1].choices[0].finish_reason == "abort"
+        assert server.process.wait(30) == 0
+        wait_gone(children)
+
+
+def test_a_plain_request_that_is_aborted_gets_503(start):  # LIFE-4
+    with start() as server:
+        server.engine.pause()
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(server.complete(max_tokens=100)))
+        thread.start()
+        server.engine.wait_for_live(1)
+        assert server.stop() == 0
+        thread.join(30)
+    assert answers[0].error["type"] == "ServiceUnavailableError"
+
+
+def test_a_drain_lets_what_runs_end_and_refuses_the_rest(start):  # LIFE-1, LIFE-4
+    with start(shutdown_timeout=60) as server:
+        streams = begun(server, 8, max_tokens=5)
+        server.process.terminate()
+        wait_draining(server)
+        assert server.get("/livez").status == 200
+        assert server.get("/health").status == 200
+        refused = server.complete()
+        assert refused.error["type"] == "ServiceUnavailableError"
+        assert int(refused.headers["retry-after"]) >= 1
+        server.engine.release()
+        for stream in streams:
+            chunks = list(stream)
+            assert "".join(chunk.choices[0].text for chunk in chunks) == "abcab"
+            assert chunks[-1].choices[0].finish_reason == "length"
+        assert server.process.wait(30) == 0
+
+
+def wait_draining(server):
+    while server.get("/readyz").status == 200:
+        pass
+
+
+def test_a_drain_has_an_end(start):  # LIFE-4
+    with start(shutdown_timeout=0.3) as server:
+        (stream,) = begun(server, 1, max_tokens=100)
+        server.process.terminate()
+        assert list(stream)[-1].choices[0].finish_reason == "abort"
+        assert server.process.wait(30) == 0
+
+
+def test_a_second_signal_does_not_wait(start):  # LIFE-4
+    with start(shutdown_timeout=300) as server:
+        (stream,) = begun(server, 1, max_tokens=100)
+        server.process.terminate()
+        wait_draining(server)
+        server.process.terminate()
+        assert list(stream)[-1].choices[0].finish_reason == "abort"
+        assert server.process.wait(30) == 0
+
+
+def test_nothing_is_left_behind(start, tmp_path):  # LIFE-4
+    with start(environment={"TMPDIR": str(tmp_path)}) as server:
+        server.complete(max_tokens=1)
+        assert server.stop() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_is_killed_ends_every_stream_and_comes_back(start):  # LIFE-1, A12
+    with start() as server:
+        streams = begun(server, 16, max_tokens=1000)
+        server.engine.advance(1)
+        server.engine.kill()
+        for stream in streams:
+            with pytest.raises(Exception, match="engine"):
+                list(stream)
+        if server.face == "pytriton":  # it ends where the others begin anew
+            assert server.process.wait(30) != 0
+            return
+        server.wait_ready()
+        assert server.complete(max_tokens=3).json["choices"][0]["text"] == "abc"
+
+
+def test_a_dead_engine_is_seen_by_the_probes(start):  # LIFE-1
+    with start() as server:
+        (stream,) = begun(server, 1, max_tokens=1000)
+        server.engine.stop_process()
+        try:
+            while server.get("/readyz").status == 200:
+                pass
+            for path in ("/livez", "/readyz", "/health"):
+                assert server.get(path).error["type"] == "ServiceUnavailableError"
+            assert server.complete().status == 503
+            with pytest.raises(Exception, match="engine"):
+                list(stream)
+        finally:
+            server.engine.continue_process()
+
+
+def test_a_plain_request_of_a_dying_engine_gets_500(start):  # ERR-2
+    with start() as server:
+        server.engine.pause()
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(server.complete(max_tokens=100)))
+        thread.start()
+        server.engine.wait_for_live(1)
+        server.engine.kill()
+        thread.join(30)
+    assert answers[0].error["type"] == "InternalServerError"
+
+
+def test_an_engine_that_cannot_start_ends_the_server(start):
+    with start(engine={"device": "none"}, wait=False) as server:
+        assert server.process.wait(30) == 1
+        assert "the device 'none' cannot run anything" in server.log.read_text()
+
+
+def test_a_port_in_use_is_told_before_anything_loads(start, server):  # EN-32
+    with start(port=server.port, wait=False) as second:
+        assert second.process.wait(30) == 1
+        assert str(server.port) in second.log.read_text()
+
+
+def test_a_killed_server_takes_its_engine_with_it(start):  # EN-28
+    with start() as server:
+        begun(server, 4, max_tokens=1000)
+        children = children_of(server.process.pid)
+        server.process.kill()
+        server.process.wait(30)
+        wait_gone(children)
+
+
+def test_events_of_an_abort_are_whole(start):  # LIFE-4
+    with start() as server:
+        server.engine.pause()
+        answers = []
+        work = lambda: answers.append(server.complete(max_tokens=9, stream=True, n=2))  # noqa: E731
+        thread = threading.Thread(target=work)
+        thread.start()
+        server.engine.wait_for_live(2)
+        assert server.stop() == 0
+        thread.join(30)
+    *events, end = answers[0].events
+    reasons = {json.loads(e)["choices"][0]["index"]: json.loads(e) for e in events}
+    assert end == "[DONE]"
+    assert {r["choices"][0]["finish_reason"] for r in reasons.values()} == {"abort"}
+    assert sorted(reasons) == [0, 1]
