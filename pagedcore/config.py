@@ -5,13 +5,20 @@ declarations: a field `max_num_seqs` is the flag `--max-num-seqs` and the keywor
 A field that is None has a default that depends on the model or the device; `resolve` fills it in.
 """
 
+import logging
+import math
+import operator
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pagedcore.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 DType = Literal["auto", "float16", "half", "bfloat16", "float32", "float"]
 HashAlgorithm = Literal["sha256", "sha256_cbor", "xxhash", "xxhash_cbor"]
@@ -67,6 +74,7 @@ class ModelConfig:
     """A Jinja template, or a file that holds one, in place of the model's."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.max_model_len is not None and self.max_model_len != -1 and self.max_model_len < 1:
             raise ConfigError(f"max_model_len must be -1 or at least 1, not {self.max_model_len}")
 
@@ -107,6 +115,7 @@ class CacheConfig:
     """Share of blocks that admission leaves free while something runs (SLOT-5)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         size = self.block_size
         if size is not None and (size < 1 or size & (size - 1)):
             raise ConfigError(f"block_size must be a power of two, not {size}")
@@ -154,6 +163,7 @@ class SchedulerConfig:
     """Most prompt tokens that wait; 0 is no limit."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -185,6 +195,9 @@ class ExecutionConfig:
 
     disable_plugin: tuple[str, ...] = ()
     """Installed plugins that are not loaded."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +231,7 @@ class EngineConfig:
             if name not in owner:
                 raise ConfigError(unknown_name("setting", name, owner))
             chosen[owner[name]][name] = value
-        return cls(**{section: kind(**chosen[section]) for section, kind in sections.items()})  # type: ignore[misc, operator]
+        return cls(**{section: kind(**chosen[section]) for section, kind in sections.items()})  # type: ignore[operator]
 
     def resolve(
         self,
@@ -269,10 +282,57 @@ class EngineConfig:
 
 
 def drop_deprecated(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out names of the past, with one DeprecationWarning each (semantics LEG-2)."""
-    for name in options.keys() & DEPRECATED.keys():
-        warnings.warn(f"{name} is deprecated: {DEPRECATED[name]}", DeprecationWarning, stacklevel=3)
+    """Leave out names of the past, with a DeprecationWarning and a log line each (LEG-2)."""
+    for name in [name for name in options if name in DEPRECATED]:
+        message = f"{name} is deprecated: {DEPRECATED[name]}"
+        logger.warning("%s", message)
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
     return {name: value for name, value in options.items() if name not in DEPRECATED}
+
+
+def check_types(declared: Any) -> None:
+    """Raise ConfigError for a field of a dataclass whose value its type does not allow.
+
+    A path is taken as text, a text or a list as a tuple of texts, and a whole number as a float.
+    """
+    for name, hint in get_type_hints(type(declared)).items():
+        value, kinds = getattr(declared, name), get_args(hint)
+        is_optional = NoneType in kinds
+        if value is None and is_optional:
+            continue
+        kind = kinds[0] if is_optional else hint
+        converted = _converted(kind, value)
+        if converted is None:
+            allowed = _in_words(kind) + (" or None" if is_optional else "")
+            raise ConfigError(f"{name} must be {allowed}, not {value!r}")
+        object.__setattr__(declared, name, converted)
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """A value as its field holds it; None when it is of no use there."""
+    if get_origin(kind) is Literal:
+        return value if isinstance(value, str) and value in get_args(kind) else None
+    if get_origin(kind) is tuple:
+        items = [value] if isinstance(value, str) else value
+        is_list = isinstance(items, list | tuple) and all(isinstance(item, str) for item in items)
+        return tuple(items) if is_list else None
+    if kind is bool or isinstance(value, bool):
+        return value if kind is bool and isinstance(value, bool) else None
+    if kind is int and hasattr(value, "__index__"):
+        return operator.index(value)
+    if kind is float and isinstance(value, int | float):
+        return float(value) if math.isfinite(value) else None
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value if isinstance(value, kind) else None
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return "a list of texts"
+    return {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "a text")
 
 
 def unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> str:

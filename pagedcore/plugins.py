@@ -61,7 +61,7 @@ def collect(manager: pluggy.PluginManager, hook: str) -> dict[str, Any]:
         offered: Mapping[str, Any] = impl.function()
         for name, thing in offered.items():
             if name in owner:
-                kind = hook.removeprefix("pagedcore_").removesuffix("s")
+                kind = _kind(hook)
                 raise PluginError(
                     f"two plugins offer the {kind} {name!r}: {owner[name]} and "
                     f"{impl.plugin_name}. Start with --disable-plugin for one of them."
@@ -74,6 +74,11 @@ def choose(manager: pluggy.PluginManager, hook: str, name: str) -> Any:
     """Return what a plugin offers under `name`; raises UnknownNameError with the nearest name."""
     offered = collect(manager, hook)
     if name not in offered:
-        kind = hook.removeprefix("pagedcore_").removesuffix("s").replace("_", " ")
-        raise UnknownNameError(kind, name, offered)
+        raise UnknownNameError(_kind(hook), name, offered)
     return offered[name]
+
+
+def _kind(hook: str) -> str:
+    """What a hook offers, in the singular: pagedcore_policies offers each "policy"."""
+    many = hook.removeprefix("pagedcore_").replace("_", " ")
+    return many.removesuffix("ies") + "y" if many.endswith("ies") else many.removesuffix("s")

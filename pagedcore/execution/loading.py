@@ -23,7 +23,7 @@ from pagedcore.execution.devices import available_bytes, choose_dtype, find_devi
 from pagedcore.execution.executor import Executor
 from pagedcore.execution.kv_cache import CacheMaker, profile
 from pagedcore.execution.model import ModelBuild
-from pagedcore.execution.ops import Ops
+from pagedcore.execution.ops import LayerCache, Ops
 from pagedcore.execution.quantizer import Quantizer, Unquantized
 from pagedcore.execution.random_weights import RandomCheckpoint
 from pagedcore.plugins import choose, collect
@@ -68,38 +68,57 @@ def build_executor(
         device=torch.device("meta"),
         max_positions=config.model.max_model_len or own_length,
     )
-    model_class(build)
+    meta = model_class(build)
     checkpoint.check_all_taken()
     if isinstance(quantizer, Unquantized):  # others know best what becomes of the bytes
         memory.check_weights_fit(checkpoint.num_bytes, available)
+    groups = group_layers(meta.cache_specs)
+    cache_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
+    make = CacheMaker(ops, groups, len(meta.cache_specs), config, cache_dtype, device)
+
+    def size_cache(available: int) -> tuple[int, int]:
+        """Blocks for `available` bytes, and the longest sequence that is taken."""
+        num_blocks = memory.count_blocks(config.cache, available, make.block_bytes)
+        length = memory.check_length(
+            asked, own_length, groups, num_blocks, make.block_size, make.block_bytes
+        )
+        return num_blocks, length
+
+    for_cache = int(config.cache.cpu_kv_cache_gib * memory.GIB)
+    if device.type != "cuda" or memory.is_size_given(config.cache):  # known before any weight
+        num_blocks, _ = size_cache(for_cache)
+        memory.check_cache_fits(num_blocks * make.block_bytes, available)
     weights = checkpoint.tensors(dtype, device)
     with torch.inference_mode():
         model = model_class(replace(build, weights=weights, device=device))
     weights.finish()
     loaded = time.perf_counter()
 
-    groups = group_layers(model.cache_specs)
-    cache_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
-    make = CacheMaker(ops, groups, len(model.cache_specs), config, cache_dtype, device)
     if device.type == "cuda":
-        available -= profile(model, ops, make, config, device) + memory.OUTSIDE_BYTES
-    else:
-        available = int(config.cache.cpu_kv_cache_gib * memory.GIB)
-    num_blocks = memory.count_blocks(config.cache, available, make.block_bytes)
-    length = memory.check_length(
-        asked, own_length, groups, num_blocks, make.block_size, make.block_bytes
-    )
+        for_cache = available - profile(model, ops, make, config, device) - memory.OUTSIDE_BYTES
+    num_blocks, length = size_cache(for_cache)
     return Executor(
         replace(config, model=replace(config.model, max_model_len=length)),
         model,
         ops,
         device=device,
         dtype=dtype,
-        caches=make(num_blocks),
+        caches=_allocate(make, num_blocks),
         groups=groups,
         num_blocks=num_blocks,
         startup_seconds={"weights": loaded - started, "profile": time.perf_counter() - loaded},
     )
+
+
+def _allocate(make: CacheMaker, num_blocks: int) -> list[LayerCache | None]:
+    try:
+        return make(num_blocks)
+    except RuntimeError as error:  # what torch raises where memory runs out
+        size = num_blocks * make.block_bytes / memory.GIB
+        raise ConfigError(
+            f"a cache of {size:.2f} GiB cannot be allocated: lower gpu_memory_utilization, "
+            "kv_cache_memory_bytes or num_gpu_blocks_override (cpu_kv_cache_gib on the CPU)"
+        ) from error
 
 
 def longest_context(config: Mapping[str, Any]) -> int:

@@ -61,6 +61,20 @@ def check_weights_fit(num_bytes: int, available: int) -> None:
         )
 
 
+def check_cache_fits(num_bytes: int, available: int) -> None:
+    """Raise ConfigError, before any weight is read, when the cache alone is too large."""
+    if num_bytes > available:
+        raise ConfigError(
+            f"a cache of {num_bytes / GIB:.2f} GiB was asked for and {available / GIB:.2f} GiB are "
+            "available: lower num_gpu_blocks_override, kv_cache_memory_bytes or cpu_kv_cache_gib"
+        )
+
+
+def is_size_given(cache: CacheConfig) -> bool:
+    """Whether the cache's size does not depend on what weights leave (MEM-7)."""
+    return cache.num_gpu_blocks_override is not None or cache.kv_cache_memory_bytes is not None
+
+
 def count_blocks(cache: CacheConfig, available: int, block_bytes: int) -> int:
     """Blocks in the pool, the null block included, for `available` bytes (MEM-4, MEM-7)."""
     if cache.num_gpu_blocks_override is not None:
