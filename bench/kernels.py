@@ -33,7 +33,7 @@ from pagedcore_kernels.bench.speed import (
 )
 from pagedcore_kernels.bench.tuning import Trial, decode_configs, extend_configs, tune
 from pagedcore_kernels.decode_attention import choose_decode
-from pagedcore_kernels.extend_attention import choose_extend
+from pagedcore_kernels.extend_plan import choose_extend
 
 HEADS = {"G 2": (16, 8), "G 4": (32, 8), "G 8": (32, 4)}
 

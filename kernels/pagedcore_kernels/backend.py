@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import ConfigError
@@ -29,19 +28,18 @@ from pagedcore_kernels import activation, block_copy, decode_rows, norms, rope_c
 from pagedcore_kernels import moe as experts
 from pagedcore_kernels import sampling as draws
 from pagedcore_kernels.decode_attention import DecodeConfig, choose_decode, decode_attention
-from pagedcore_kernels.extend_attention import (
-    build_tile_list,
-    choose_extend,
-    extend_attention,
-)
+from pagedcore_kernels.extend_attention import extend_attention
+from pagedcore_kernels.extend_plan import build_tile_list, choose_extend, num_parts
 from pagedcore_kernels.fallback import PlainOps, with_fallback
+from pagedcore_kernels.linear_ops import LinearOps
+from pagedcore_kernels.small_linear import Scratch
 from pagedcore_kernels.work_list import WorkList, build_work_list
 
 MIN_CAPABILITY = (8, 0)
 """The first with bfloat16 matrix products and asynchronous copies."""
 
 
-class TritonOps:
+class TritonOps(LinearOps):
     """The `triton` backend, for one device."""
 
     name = "triton"
@@ -53,6 +51,7 @@ class TritonOps:
         self.plain: Ops = PlainOps(device)
         self.supports_graphs = self.device.type == "cuda"
         self._num_sms, self._shared_memory = _size_of(self.device)
+        self._scratch = Scratch(self.device)
 
     def begin_step(self, batch: StepBatch) -> None:
         """See `Ops.begin_step`."""
@@ -76,14 +75,6 @@ class TritonOps:
     ) -> Tensor:
         """See `Ops.advance_rows`."""
         return decode_rows.advance_rows(drawn, logits, tokens, rows, positions)
-
-    def pack_linear(self, weight: Tensor) -> Tensor:
-        """See `Ops.pack_linear`."""
-        return weight
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `Ops.linear`."""
-        return functional.linear(x, weight, bias)
 
     @with_fallback
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -185,6 +176,15 @@ class TritonOps:
                 batch.context_len[num_single:],
                 _tile_list(extend.queries // group, num_tokens, batch),
                 out,
+                first_token=num_single,
+                parts=num_parts(
+                    num_tokens - num_single,
+                    num_heads,
+                    spec.num_kv_heads,
+                    batch.max_context_len,
+                    self._num_sms,
+                    extend,
+                ),
                 window=spec.window,
                 soft_cap=soft_cap,
                 config=extend,

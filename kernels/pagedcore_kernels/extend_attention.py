@@ -15,15 +15,17 @@
 
 A program answers TOKENS = QUERIES // G tokens of one sequence for all G heads that share a kv head:
 QUERIES rows of a matrix product, so keys are read once for all of them and a short extension still
-fills its rows. The grid is (P, K), from a bound that the host knows. Which tokens a program answers
-is looked up in `tiles`, which one launch lays out for all layers of a step: a sequence's last
-tokens, which have most keys, come first; a program without work ends at once.
+fills its rows. The grid is (P, K, PARTS), from bounds that the host knows. Which tokens a program
+answers is looked up in `tiles`, which one launch lays out for all layers of a step (`extend_plan`);
+a program without work ends at once. Where tokens are few the keys are cut in PARTS, each a program,
+whose pieces a second kernel merges (`extend_merge`).
 
 It walks over the positions in tiles of KEYS. Tiles that every query of the program sees are neither
-masked nor bounded; those on the causal diagonal and on the edge of the window are masked, in the
-load too, so what lies in a block behind the context never takes part. The softmax is online, in
-float32, with base 2. The block of a tile is looked up one tile ahead, so that the loads of keys and
-values depend on nothing that is still on its way.
+masked nor bounded; those on the causal diagonal and on the edge of the window are masked, and
+values that no query sees are zeroed, so what lies in a block behind the context or in front of the
+window never takes part. The softmax is online, in float32, with base 2. The block of a tile is
+looked up one tile ahead, so that the loads of keys and values depend on nothing that is still on
+its way.
 
 It computes 4 * H * D operations for each pair of query and visible position, and reads
 2 * K * D * itemsize bytes of each visible position once for every TOKENS tokens, mostly from the
@@ -32,78 +34,16 @@ L2 cache: 128 rows make that about 128 operations a byte, so the tensor cores ar
 `TorchOps.attention` is the specification.
 """
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pagedcore_kernels.extend_merge import merge_parts
+from pagedcore_kernels.extend_plan import MIN_PART, ExtendConfig
 
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True, slots=True)
-class ExtendConfig:
-    """How the extend kernel is launched."""
-
-    queries: int
-    """Rows of a program; tokens times the heads that share keys."""
-
-    keys: int
-    """Positions in a tile."""
-
-    num_warps: int
-
-    num_stages: int
-    """Tiles in flight or in use."""
-
-
-_FAST = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (64, 16, 4, 1))
-_EXACT = ((32, 32, 4, 1), (16, 16, 4, 1))  # float32 has no use for tensor cores
-
-
-@cache
-def choose_extend(
-    head_dim: int, dtype: torch.dtype, group: int, shared_memory: int
-) -> ExtendConfig:
-    """The best that fits `shared_memory` bytes per program, for `group` heads that share keys."""
-    row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
-    if dtype == torch.float32:
-        shared_memory = min(shared_memory, 1 << 16)  # larger tiles spill, and compile for minutes
-    for queries, keys, num_warps, num_stages in _EXACT if dtype == torch.float32 else _FAST:
-        needed = (queries + 2 * keys * num_stages) * row_bytes
-        if needed <= shared_memory and queries >= group:
-            return ExtendConfig(queries, keys, num_warps, num_stages)
-    return ExtendConfig(max(16, triton.next_power_of_2(group)), 16, 4, 1)
-
-
-@triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["query_start"])
-def _tile_list_kernel(query_start, tiles, num_sequences, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    program = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    total = 0
-    for base in range(0, num_sequences, BLOCK):
-        exists = base + lane < num_sequences
-        start = tl.load(query_start + base + lane, exists, 0)
-        stop = tl.load(query_start + base + lane + 1, exists, 0)
-        total += tl.sum(tl.cdiv(stop - start, TOKENS))
-    tile = total - 1 - program
-    sequence = 0
-    before = 0  # tiles of all sequences that end at or before `tile`
-    seen = 0
-    for base in range(0, num_sequences, BLOCK):
-        exists = base + lane < num_sequences
-        start = tl.load(query_start + base + lane, exists, 0)
-        stop = tl.load(query_start + base + lane + 1, exists, 0)
-        count = tl.cdiv(stop - start, TOKENS)
-        end = seen + tl.cumsum(count)
-        passed = exists & (end <= tile)
-        sequence += tl.sum(passed.to(tl.int32))
-        before += tl.sum(tl.where(passed, count, 0))
-        seen += tl.sum(count)
-    tl.store(tiles + program * 2, tl.where(tile >= 0, sequence, -1))
-    tl.store(tiles + program * 2 + 1, tile - before)
 
 
 @triton.jit
@@ -118,26 +58,50 @@ def _block_ids(table, base, end, B: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _in_cache(
+def _load_tile(
+    key_cache,
+    value_cache,
     blocks,
     base,
+    lowest,
+    end,
     kv_head,
     NUM_KV_HEADS: tl.constexpr,
     B: tl.constexpr,
     D: tl.constexpr,
     KEYS: tl.constexpr,
     D_PAD: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
-    """Offsets [KEYS, D] in the cache of the positions base .. base + KEYS - 1."""
+    """Keys and values [KEYS, D] of the positions from base on, of which lowest .. end - 1 exist."""
     key = tl.arange(0, KEYS)
     column = tl.arange(0, D_PAD)
-    if KEYS <= B:
-        start = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * B + base % B
-        offsets = start * D + (key[:, None] * D + column[None, :])
+    exists = (base + key >= lowest) & (base + key < end)
+    if DESCRIPTORS:
+        row = (blocks * NUM_KV_HEADS + kv_head) * B + base % B
+        keys = key_cache.load([row, 0])  # what is masked gets no weight, whatever it is
+        values = value_cache.load([row, 0])
+        if MASKED:
+            values = tl.where(exists[:, None], values, 0.0)  # but zero times NaN is NaN
     else:
-        row = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * B + (base + key) % B
-        offsets = row[:, None] * D + column[None, :]
-    return offsets
+        if KEYS <= B:
+            start = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * B + base % B
+            offsets = start * D + (key[:, None] * D + column[None, :])
+        else:
+            row = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * B + (base + key) % B
+            offsets = row[:, None] * D + column[None, :]
+        if MASKED:
+            loaded = exists[:, None] & (column < D)[None, :]
+            keys = tl.load(key_cache + offsets, loaded, 0.0)
+            values = tl.load(value_cache + offsets, loaded, 0.0)
+        elif D == D_PAD:
+            keys = tl.load(key_cache + offsets)
+            values = tl.load(value_cache + offsets)
+        else:
+            keys = tl.load(key_cache + offsets, (column < D)[None, :], 0.0)
+            values = tl.load(value_cache + offsets, (column < D)[None, :], 0.0)
+    return keys, values
 
 
 @triton.jit
@@ -179,9 +143,11 @@ def _attend(
 @triton.jit
 def _attend_masked(
     begin,
-    end,
+    stop,
     queries,
     position,
+    lowest,
+    end,
     peak,
     weight,
     total,
@@ -199,16 +165,16 @@ def _attend_masked(
     KEYS: tl.constexpr,
     D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
-    """Attend to the positions begin .. end - 1, of which each query sees a part."""
-    inside = (tl.arange(0, D_PAD) < D)[None, :]
-    for base in range(begin, end, KEYS):
+    """Attend to the positions begin .. stop - 1, of which each query sees a part."""
+    for base in range(begin, stop, KEYS):
         blocks = _block_ids(table, base, end, B, KEYS)
-        offsets = _in_cache(blocks, base, kv_head, NUM_KV_HEADS, B, D, KEYS, D_PAD)
+        keys, values = _load_tile(
+            key_cache, value_cache, blocks, base, lowest, end, kv_head,
+            NUM_KV_HEADS, B, D, KEYS, D_PAD, True, DESCRIPTORS,
+        )  # fmt: skip
         key = base + tl.arange(0, KEYS)
-        loaded = (key < end)[:, None] & inside
-        keys = tl.load(key_cache + offsets, loaded, 0.0)
-        values = tl.load(value_cache + offsets, loaded, 0.0)
         visible = key[None, :] <= position[:, None]
         if WINDOW > 0:
             visible &= key[None, :] > position[:, None] - WINDOW
@@ -222,17 +188,20 @@ def _attend_masked(
 _UNALIGNED = ["query_start", "rows", "context_len"]  # parts of a step's arrays, from any sequence
 
 
-@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=_UNALIGNED)
 def _extend_kernel(
     query,
     key_cache,
     value_cache,
     out,
+    pieces,
+    stats,
     tiles,
     query_start,
     rows,
     context_len,
     block_table,
+    num_tokens,
     query_stride,
     block_table_stride,
     scale,
@@ -249,81 +218,87 @@ def _extend_kernel(
     PRECISION: tl.constexpr,
     IS_FP8: tl.constexpr,
     COMPUTE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    LEAST: tl.constexpr,
 ):
     sequence = tl.load(tiles + tl.program_id(0) * 2)
     if sequence < 0:
         return
-    tokens: tl.constexpr = QUERIES // G
-    first = tl.load(tiles + tl.program_id(0) * 2 + 1) * tokens
+    run: tl.constexpr = QUERIES // G
+    first = tl.load(tiles + tl.program_id(0) * 2 + 1) * run
     kv_head = tl.program_id(1)
     start = tl.load(query_start + sequence)
-    num_tokens = tl.load(query_start + sequence + 1) - start
-    past = tl.load(context_len + sequence) - num_tokens
+    count = tl.load(query_start + sequence + 1) - start
+    past = tl.load(context_len + sequence) - count
     table = block_table + tl.load(rows + sequence).to(tl.int64) * block_table_stride
 
     row = tl.arange(0, QUERIES)
     column = tl.arange(0, D_PAD)
     token = first + row // G
-    exists = (row < tokens * G) & (token < num_tokens)
+    exists = (row < run * G) & (token < count)
     inside = exists[:, None] & (column < D)[None, :]
     head = kv_head * G + row % G
-    source = query + (start + token).to(tl.int64)[:, None] * query_stride
-    queries = tl.load(source + head[:, None] * D + column[None, :], inside, 0.0)
-    if IS_FP8:  # 8-bit keys are exact in float16
-        queries = queries.to(COMPUTE)
     position = past + token
 
     oldest = past + first
-    end = past + tl.minimum(first + tokens, num_tokens)
+    end = past + tl.minimum(first + run, count)
     full_end = (oldest + 1) // KEYS * KEYS
+    lowest = 0
+    begin = 0
+    full_begin = 0
+    if WINDOW > 0:
+        lowest = tl.maximum(oldest - WINDOW + 1, 0)
+        begin = lowest // KEYS * KEYS
+        full_begin = tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS) * KEYS
+        full_begin = tl.minimum(full_begin, tl.maximum(full_end, begin))
+    stop = end
+    if IS_SPLIT:
+        part = tl.cdiv(tl.cdiv(end - begin, KEYS), tl.num_programs(2))
+        begin += tl.program_id(2) * tl.maximum(part, LEAST) * KEYS
+        stop = tl.minimum(end, begin + tl.maximum(part, LEAST) * KEYS)
     peak = tl.full([QUERIES], -1e30, tl.float32)
     weight = tl.zeros([QUERIES], tl.float32)
     total = tl.zeros([QUERIES, D_PAD], tl.float32)
-    full_begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(oldest - WINDOW + 1, 0) // KEYS * KEYS
-        full_begin = tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS) * KEYS
-        full_begin = tl.minimum(full_begin, tl.maximum(full_end, begin))
+    if begin < stop:
+        source = query + (start + token).to(tl.int64)[:, None] * query_stride
+        queries = tl.load(source + head[:, None] * D + column[None, :], inside, 0.0)
+        if IS_FP8:  # 8-bit keys are exact in float16
+            queries = queries.to(COMPUTE)
+        if WINDOW > 0:
+            peak, weight, total = _attend_masked(
+                begin, tl.minimum(full_begin, stop), queries, position, lowest, end, peak, weight,
+                total, table, key_cache, value_cache, kv_head, scale, soft_cap, NUM_KV_HEADS, B, D,
+                WINDOW, HAS_SOFT_CAP, KEYS, D_PAD, PRECISION, DESCRIPTORS,
+            )  # fmt: skip
+        full_begin = tl.maximum(full_begin, begin)
+        full_stop = tl.minimum(full_end, stop)
+        blocks = _block_ids(table, full_begin, end, B, KEYS)
+        for base in range(full_begin, full_stop, KEYS):
+            keys, values = _load_tile(
+                key_cache, value_cache, blocks, base, lowest, end, kv_head,
+                NUM_KV_HEADS, B, D, KEYS, D_PAD, False, DESCRIPTORS,
+            )  # fmt: skip
+            blocks = _block_ids(table, base + KEYS, end, B, KEYS)
+            peak, weight, total = _attend(
+                queries, keys, values, None, peak, weight, total, scale, soft_cap,
+                HAS_SOFT_CAP, False, PRECISION,
+            )  # fmt: skip
         peak, weight, total = _attend_masked(
-            begin, full_begin, queries, position, peak, weight, total, table, key_cache,
-            value_cache, kv_head, scale, soft_cap, NUM_KV_HEADS, B, D, WINDOW, HAS_SOFT_CAP, KEYS,
-            D_PAD, PRECISION,
+            tl.maximum(full_begin, full_end), stop, queries, position, lowest, end, peak, weight,
+            total, table, key_cache, value_cache, kv_head, scale, soft_cap, NUM_KV_HEADS, B, D,
+            WINDOW, HAS_SOFT_CAP, KEYS, D_PAD, PRECISION, DESCRIPTORS,
         )  # fmt: skip
-
-    blocks = _block_ids(table, full_begin, end, B, KEYS)
-    for base in range(full_begin, full_end, KEYS):
-        offsets = _in_cache(blocks, base, kv_head, NUM_KV_HEADS, B, D, KEYS, D_PAD)
-        if D == D_PAD:
-            keys = tl.load(key_cache + offsets)
-            values = tl.load(value_cache + offsets)
-        else:
-            keys = tl.load(key_cache + offsets, (column < D)[None, :], 0.0)
-            values = tl.load(value_cache + offsets, (column < D)[None, :], 0.0)
-        blocks = _block_ids(table, base + KEYS, end, B, KEYS)
-        peak, weight, total = _attend(
-            queries, keys, values, None, peak, weight, total, scale, soft_cap,
-            HAS_SOFT_CAP, False, PRECISION,
-        )  # fmt: skip
-
-    peak, weight, total = _attend_masked(
-        tl.maximum(full_begin, full_end), end, queries, position, peak, weight, total, table,
-        key_cache, value_cache, kv_head, scale, soft_cap, NUM_KV_HEADS, B, D, WINDOW, HAS_SOFT_CAP,
-        KEYS, D_PAD, PRECISION,
-    )  # fmt: skip
-    total = total / tl.where(weight > 0, weight, 1.0)[:, None]
-    target = out + (start + token).to(tl.int64)[:, None] * (NUM_KV_HEADS * G * D)
-    tl.store(target + head[:, None] * D + column[None, :], total, inside)
-
-
-def build_tile_list(query_start: Tensor, num_tokens: int, tokens: int) -> Tensor:
-    """Cut S sequences, of at most num_tokens in all, in runs of `tokens`: the `tiles` [P, 2]."""
-    num_sequences = query_start.shape[0] - 1
-    programs = num_tokens // tokens + min(num_sequences, num_tokens)
-    tiles = torch.empty((programs, 2), dtype=torch.int32, device=query_start.device)
-    _tile_list_kernel[(programs,)](
-        query_start, tiles, num_sequences, TOKENS=tokens, BLOCK=1024, num_warps=4
-    )
-    return tiles
+    target = (start + token) * (NUM_KV_HEADS * G) + head
+    if IS_SPLIT:
+        target += tl.program_id(2) * num_tokens * (NUM_KV_HEADS * G)
+        tl.store(stats + target * 2, peak, exists)
+        tl.store(stats + target * 2 + 1, weight, exists)
+        if begin < stop:
+            tl.store(pieces + target.to(tl.int64)[:, None] * D + column[None, :], total, inside)
+    else:
+        total = total / tl.where(weight > 0, weight, 1.0)[:, None]
+        tl.store(out + target.to(tl.int64)[:, None] * D + column[None, :], total, inside)
 
 
 def extend_attention(
@@ -339,31 +314,52 @@ def extend_attention(
     tiles: Tensor,
     out: Tensor,
     *,
+    first_token: int = 0,
+    parts: int = 1,
     window: int | None = None,
     soft_cap: float | None = None,
     config: ExtendConfig,
 ) -> None:
-    """Write the attention of the sequences' tokens into out [T, H * D].
+    """Write the attention of the sequences' tokens, from `first_token` on, into out [T, H * D].
 
     `tiles` comes from `build_tile_list`, with config.queries // G tokens. Tokens that no sequence
-    holds keep what `out` had.
+    holds get no meaningful value. The keys of each run of tokens are cut in `parts`.
     """
     _, num_kv_heads, block_size, head_dim = key_cache.shape
-    group = num_heads // num_kv_heads
+    group, num_tokens = num_heads // num_kv_heads, query.shape[0]
     assert group * num_kv_heads == num_heads and group <= config.queries
     assert query.stride(1) == 1 and out.is_contiguous() and block_table.stride(1) == 1
     assert key_cache.is_contiguous() and value_cache.is_contiguous()
     assert rows.is_contiguous() and context_len.is_contiguous() and query_start.is_contiguous()
-    _extend_kernel[(tiles.shape[0], num_kv_heads)](
+    head_dim_pad = triton.next_power_of_2(head_dim)
+    descriptors = config.descriptors and config.keys <= block_size
+    keys, values = key_cache, value_cache
+    if descriptors:
+        keys, values = (
+            TensorDescriptor.from_tensor(cache.view(-1, head_dim), [config.keys, head_dim_pad])
+            for cache in (key_cache, value_cache)
+        )
+    pieces = stats = out
+    if parts > 1:
+        shape = (parts, num_tokens, num_heads)
+        pieces, stats = (
+            torch.empty((*shape, width), dtype=torch.float32, device=query.device)
+            for width in (head_dim, 2)
+        )
+    options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
+    _extend_kernel[(tiles.shape[0], num_kv_heads, parts)](
         query,
-        key_cache,
-        value_cache,
+        keys,
+        values,
         out,
+        pieces,
+        stats,
         tiles,
         query_start,
         rows,
         context_len,
         block_table,
+        num_tokens,
         query.stride(0),
         block_table.stride(0),
         scale * LOG2_E if soft_cap is None else 2 * scale / soft_cap,
@@ -376,10 +372,16 @@ def extend_attention(
         HAS_SOFT_CAP=soft_cap is not None,
         QUERIES=config.queries,
         KEYS=config.keys,
-        D_PAD=triton.next_power_of_2(head_dim),
+        D_PAD=head_dim_pad,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         IS_FP8=key_cache.dtype == torch.float8_e4m3fn,
         COMPUTE=tl.float32 if query.dtype == torch.float32 else tl.float16,
+        DESCRIPTORS=descriptors,
+        IS_SPLIT=parts > 1,
+        LEAST=MIN_PART,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **options,
     )
+    if parts > 1:
+        merge_parts(pieces, stats, out.view(num_tokens, num_heads, head_dim), first_token)

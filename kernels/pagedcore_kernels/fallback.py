@@ -137,6 +137,7 @@ class PlainOps(TorchOps):
             visible = behind >= 0
             if spec.window is not None:
                 visible &= behind < spec.window
+            values = values.masked_fill(~visible.any(0)[:, None], 0)  # zero times NaN is NaN
             out[:, tokens] = _attend(heads[:, tokens], keys, values, visible, scale, soft_cap)
         return out.transpose(0, 1).flatten(1)
 

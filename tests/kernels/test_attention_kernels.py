@@ -7,6 +7,8 @@ import torch
 
 from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.steps import make_step
+from pagedcore_kernels.extend_attention import extend_attention
+from pagedcore_kernels.extend_plan import ExtendConfig, build_tile_list, num_parts
 from pagedcore_kernels.fallback import PlainOps
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -148,6 +150,62 @@ def test_a_sequence_with_nan_leaves_the_others_alone(device):
     assert got[1].isnan().all()
     others = [0, 2, *range(15, 45)]
     torch.testing.assert_close(got[others], good[others])
+
+
+def extend(step, config, parts, soft_cap=None):
+    """The extend kernel alone, over what it leaves of NaN."""
+    batch, cache = step.batch, step.cache
+    out = torch.full_like(step.qkv[:, : step.num_heads * cache.spec.head_dim], torch.nan)
+    out = out.contiguous()
+    singles = batch.num_single
+    start = batch.query_start[singles:]
+    tokens = config.queries * cache.spec.num_kv_heads // step.num_heads
+    extend_attention(
+        step.qkv,
+        step.num_heads,
+        SCALE,
+        cache.key,
+        cache.value,
+        batch.block_tables[cache.group],
+        start,
+        batch.rows[singles:],
+        batch.context_len[singles:],
+        build_tile_list(start, len(step.qkv) - singles, tokens),
+        out,
+        first_token=singles,
+        parts=parts,
+        window=cache.spec.window,
+        soft_cap=soft_cap,
+        config=config,
+    )
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize(("parts", "keys", "queries"), [(1, 16, 16), (3, 16, 32), (5, 32, 128)])
+def test_keys_may_be_cut_in_parts_and_loaded_by_descriptors(
+    parts, keys, queries, descriptors, window, device
+):
+    step = make_step(
+        [(1, 3), (1, 70), (6, 300), (2, 3), (40, 40), (17, 210)],
+        head_dim=80,
+        block_size=32,
+        window=window,
+        device=device,
+    )
+    config = ExtendConfig(queries, keys, 4, 2, descriptors=descriptors)
+    got, want = extend(step, config, parts, 2.0), reference(step, 2.0)
+    assert got[:2].isnan().all()
+    assert (got[2:].double().cpu() - want[2:]).norm() / want[2:].norm() < 1e-5
+
+
+def test_few_tokens_are_cut_in_more_parts_than_many():
+    config = ExtendConfig(128, 64, 8, 2)
+    assert num_parts(64, 32, 8, 8192, 132, config) == 8
+    assert num_parts(64, 32, 8, 300, 132, config) == 2
+    assert num_parts(4096, 32, 8, 8192, 132, config) == 1
+    assert num_parts(1, 16, 8, 1 << 17, 132, config) == 16
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -17,7 +17,8 @@ from pagedcore_kernels import activation, norms, rope_cache
 from pagedcore_kernels import moe as experts
 from pagedcore_kernels.bench.clock import Time, num_rotations, time_calls
 from pagedcore_kernels.decode_attention import DecodeConfig, decode_attention
-from pagedcore_kernels.extend_attention import ExtendConfig, build_tile_list, extend_attention
+from pagedcore_kernels.extend_attention import extend_attention
+from pagedcore_kernels.extend_plan import ExtendConfig, build_tile_list, num_parts
 from pagedcore_kernels.work_list import build_work_list
 
 BLOCK_SIZE = 64
@@ -134,7 +135,7 @@ def decode_calls(
 
 
 def extend_calls(
-    case: AttentionCase, pool: Pool, config: ExtendConfig
+    case: AttentionCase, pool: Pool, config: ExtendConfig, num_sms: int
 ) -> list[Callable[[], object]]:
     """Calls of the extend kernel, each on blocks of its own."""
     device, dtype, num = pool.device, pool.key.dtype, len(case.lengths)
@@ -149,10 +150,13 @@ def extend_calls(
     group = case.num_heads // case.num_kv_heads
     tiles = build_tile_list(start, num_tokens, config.queries // group)
     width = -(-max(case.lengths) // BLOCK_SIZE)
+    parts = num_parts(
+        num_tokens, case.num_heads, case.num_kv_heads, max(case.lengths), num_sms, config
+    )
     return [
         partial(
             extend_attention, query, case.num_heads, HEAD_DIM**-0.5, keys, values, table, start,
-            rows, context, tiles, out, config=config,
+            rows, context, tiles, out, parts=parts, config=config,
         )
         for table in pool.tables(num, width, num_rotations(case.bytes_read, 8), case.num_kv_heads)
     ]  # fmt: skip
@@ -173,7 +177,7 @@ def attention_figures(
             yield Figure("decode_attention", str(case), passed, rate, "B/s")
         else:
             config = extend(case.num_heads // case.num_kv_heads)
-            passed = time_calls(extend_calls(case, pool, config))
+            passed = time_calls(extend_calls(case, pool, config, num_sms))
             rate = case.operations / passed.median * 1e6
             yield Figure("extend_attention", str(case), passed, rate, "FLOP/s")
 

@@ -43,7 +43,8 @@ def make_step(
     """Sequences of (new tokens, context with them), those with one token first.
 
     Blocks are scattered, tables go on behind what a sequence has with a block of NaN, rows are in
-    no order, and `num_padding` empty sequences follow the single ones, as in a graph.
+    no order, and what no window reaches is NaN. `num_padding` empty sequences follow the single
+    ones, as in a graph.
     """
     rng = torch.Generator().manual_seed(seed)
     single = [pair for pair in lengths if pair[0] == 1] + [(1, 0)] * num_padding
@@ -61,7 +62,8 @@ def make_step(
         drawn = torch.randn((2, num_kv_heads, context, head_dim), generator=rng)
         position = torch.arange(context)
         block, offset = own[position // block_size].long(), position % block_size
-        stored[:, block, :, offset] = drawn.permute(2, 0, 1, 3)
+        seen = position >= (context - new + 1 - window if window else 0)
+        stored[:, block[seen], :, offset[seen]] = drawn[:, :, seen].permute(2, 0, 1, 3)
         if context:
             positions.append(position[context - new :])
             slots.append((block * block_size + offset)[context - new :])

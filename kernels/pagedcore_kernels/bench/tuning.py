@@ -9,7 +9,7 @@ from triton.errors import TritonError
 from pagedcore_kernels.bench.clock import time_calls
 from pagedcore_kernels.bench.speed import AttentionCase, Pool, decode_calls, extend_calls
 from pagedcore_kernels.decode_attention import DecodeConfig
-from pagedcore_kernels.extend_attention import ExtendConfig
+from pagedcore_kernels.extend_plan import ExtendConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def tune(
                     calls = decode_calls(case, pool, config, num_sms)
                     work = case.bytes_read
                 else:
-                    calls = extend_calls(case, pool, config)
+                    calls = extend_calls(case, pool, config, num_sms)
                     work = case.operations
                 passed = time_calls(calls, budget_s=0.02)
             except TritonError:
