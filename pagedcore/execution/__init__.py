@@ -2,6 +2,7 @@
 
 ops.py             Ops: the operations that models are made of
 torch_ops.py       TorchOps: each of them in plain torch, the CPU's path and the specification
+quantized.py, torch_quantized.py   the part of Ops that works on 8 bits
 model.py           Model, Weights, ModelBuild: what a model plugin sees
 layers.py          the layers that models are written with
 config_fields.py   fields of a config.json, checked

@@ -18,12 +18,21 @@ from torch.nn import functional
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, StepBatch
+from pagedcore.execution.quantized import Activations
 
 
-class FeedForward(Protocol):
+class Consumer(Protocol):
+    """What multiplies first with what it is given."""
+
+    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Whether so many rows of `dtype` are better given in 8 bits."""
+        ...
+
+
+class FeedForward(Consumer, Protocol):
     """What follows attention in a layer."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         """Map x [T, h] to [T, h]."""
         ...
 
@@ -46,9 +55,13 @@ class Linear:
             build.weights, build.ops, names, in_features, out_features, bias=bias, dim=dim
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         """x [T, in] to [T, out], the parts' outputs beside each other."""
         return self._method.apply(x)
+
+    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """See `Consumer.wants_quantized`."""
+        return self._method.wants_quantized(num_tokens, dtype)
 
 
 class Embedding:
@@ -107,6 +120,14 @@ class RMSNorm:
         return self._ops.add_rms_norm(x, residual, self._weight, self._eps)
 
 
+    def add_for(
+        self, consumer: Consumer, x: Tensor, residual: Tensor
+    ) -> tuple[Activations, Tensor]:
+        """As `add`, with the norm in the form that `consumer` multiplies fastest."""
+        if consumer.wants_quantized(len(x), x.dtype):
+            return self._ops.add_rms_norm_quantized(x, residual, self._weight, self._eps)
+        return self.add(x, residual)
+
 class Attention:
     """Causal self-attention over a paged cache, with grouped heads and rotary positions."""
 
@@ -153,7 +174,11 @@ class Attention:
             )
             self._norm = QKNorm(query, key, qk_norm_eps)
 
-    def __call__(self, x: Tensor, batch: StepBatch, cache: LayerCache) -> Tensor:
+    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """See `Consumer.wants_quantized`."""
+        return self._qkv.wants_quantized(num_tokens, dtype)
+
+    def __call__(self, x: Activations, batch: StepBatch, cache: LayerCache) -> Tensor:
         """x [T, h] to [T, h]; the step's keys and values are left in the cache."""
         qkv = self._qkv(x)
         self._ops.rope_and_cache(qkv, self._num_heads, self._rope, self._norm, cache, batch)
@@ -174,9 +199,16 @@ class GatedMLP:
         self._gate_up = Linear(build, parts, h, [width, width], bias=bias, dim=0)
         self._down = Linear(build, [f"{prefix}.down_proj"], width, [h], bias=bias, dim=1)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """See `Consumer.wants_quantized`."""
+        return self._gate_up.wants_quantized(num_tokens, dtype)
+
+    def __call__(self, x: Activations) -> Tensor:
         """x [T, h] to [T, h]."""
-        return self._down(self._ops.silu_mul(self._gate_up(x)))
+        gate_up = self._gate_up(x)
+        if self._down.wants_quantized(len(gate_up), gate_up.dtype):
+            return self._down(self._ops.silu_mul_quantized(gate_up))
+        return self._down(self._ops.silu_mul(gate_up))
 
 
 class SparseMoE:
@@ -203,9 +235,14 @@ class SparseMoE:
             build.weights, build.ops, f"{prefix}.experts", num_experts, h, width
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """See `Consumer.wants_quantized`: the router reads the rows as they are."""
+        return False
+
+    def __call__(self, x: Activations) -> Tensor:
         """x [T, h] to [T, h]."""
         scores = self._ops.linear(x, self._router)
+        assert isinstance(x, Tensor), "nobody asked for 8 bits"
         return self._experts.apply(x, scores, self._num_chosen, self._normalize)
 
 
@@ -233,9 +270,10 @@ class DecoderLayer:
         """x and residual [T, h] to the same, of which the sum is the stream; None is a zero."""
         assert cache is not None, "attention keeps a cache"
         if residual is None:
-            x, residual = self._attention_norm(x), x
+        normed: Activations
+            normed, residual = self._attention_norm(x), x
         else:
-            x, residual = self._attention_norm.add(x, residual)
-        x = self._attention(x, batch, cache)
-        x, residual = self._feed_forward_norm.add(x, residual)
-        return self._feed_forward(x), residual
+            normed, residual = self._attention_norm.add_for(self._attention, x, residual)
+        x = self._attention(normed, batch, cache)
+        normed, residual = self._feed_forward_norm.add_for(self._feed_forward, x, residual)
+        return self._feed_forward(normed), residual

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.quantized import QuantizedOps
 
 
 @dataclass(slots=True)
@@ -119,7 +120,7 @@ class SamplingTensors:
     """Known on the host: some row uses min_p, top_k or top_p."""
 
 
-class Ops(Protocol):
+class Ops(QuantizedOps, Protocol):
     """One backend. A factory in the `pagedcore_backends` hook makes it, for one device."""
 
     name: str

@@ -15,13 +15,21 @@ from torch import Tensor
 
 from pagedcore.execution.model import Weights
 from pagedcore.execution.ops import Ops
+from pagedcore.execution.quantized import Activations
 
 
 class LinearMethod(Protocol):
     """The stored weight of one linear layer."""
 
-    def apply(self, x: Tensor) -> Tensor:
-        """x [T, in] times the weight, plus the bias where there is one: [T, out] in x's dtype."""
+    def apply(self, x: Activations) -> Tensor:
+        """x [T, in] times the weight, plus the bias where there is one: [T, out] in x's dtype.
+
+        x is Quantized only where `wants_quantized` says so.
+        """
+        ...
+
+    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Whether `apply` is faster for so many rows of `dtype` if they come Quantized."""
         ...
 
 
@@ -98,9 +106,14 @@ class UnquantizedLinear:
         self._weight = weight if weight.is_meta else ops.pack_linear(weight)
         self._bias = bias
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Activations) -> Tensor:
         """See `LinearMethod.apply`."""
+        assert isinstance(x, Tensor), "nobody asked for 8 bits"
         return self._ops.linear(x, self._weight, self._bias)
+
+    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """See `LinearMethod.wants_quantized`."""
+        return False
 
 
 class UnquantizedExperts:

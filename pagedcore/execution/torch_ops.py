@@ -17,10 +17,11 @@ from torch.nn import functional
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
 from pagedcore.execution.torch_attention import Plan, attend, begun_blocks, plan_attention
+from pagedcore.execution.torch_quantized import TorchQuantizedOps
 from pagedcore.execution.torch_sampling import sample
 
 
-class TorchOps:
+class TorchOps(TorchQuantizedOps):
     """The `torch` backend, for any device.
 
     Small steps on a CPU are bound by the number of calls, about a microsecond each, so operations

@@ -1,0 +1,115 @@
+"""The products of TritonOps: which are the vendor's and which are our own.
+
+    M rows   N outputs   K inputs   G groups of K that share a scale
+
+For few rows, weights are all the traffic: `small_linear` reads them once, in 16 or 8 bits, and
+leaves the rows as they are. For many rows, arithmetic counts: 16 bits go to the vendor's library, 8
+bits to its scaled product, for which rows are rounded too. `small_linear_plans` says from the shape
+alone which of the two it is, so that a captured step holds the choice.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pagedcore.execution.ops import Ops
+from pagedcore.execution.quantized import Activations, Quantized
+from pagedcore_kernels import fp8, small_linear
+from pagedcore_kernels.fallback import with_fallback
+from pagedcore_kernels.small_linear_plans import choose_scaled_plan
+
+FAST_ACCUMULATION = True
+"""Sums of 8-bit products are kept in fewer than 32 bits inside the tensor cores. The error, about
+1e-3 of a sum over 14,336, is far below that of rounding to 8 bits; the gain is up to a tenth."""
+
+SCALED_CAPABILITY = (8, 9)
+"""The first whose tensor cores multiply float8."""
+
+_ALIGNMENT = 16  # of the inputs and outputs of a scaled product
+
+
+class LinearOps:
+    """`linear` and `QuantizedOps`, for one device, for products that run one after the other."""
+
+    device: torch.device
+    replaced: set[str]
+    plain: Ops
+    supports_graphs: bool
+    _scratch: small_linear.Scratch
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        """See `Ops.pack_linear`."""
+        return weight
+
+    @with_fallback
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Ops.linear`."""
+        if small_linear.is_faster(len(x), *weight.shape) and x.stride(1) == 1:
+            return small_linear.linear(x, weight, bias, self._scratch)
+        return functional.linear(x, weight, bias)
+
+    @with_fallback
+    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor) -> Tensor:
+        """See `Ops.scores`."""
+        if hidden.dtype == torch.float32 or hidden.device.type != "cuda":
+            return self.linear(hidden, packed).float()
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+
+    @with_fallback
+    def quantize(self, x: Tensor) -> Quantized:
+        """See `QuantizedOps.quantize`."""
+        return fp8.quantize(x)
+
+    def wants_quantized(
+        self, num_tokens: int, weight: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> bool:
+        """See `QuantizedOps.wants_quantized`."""
+        n, k = weight.shape
+        return (
+            self._multiplies_float8
+            and dtype == torch.bfloat16  # what scaled products come out in
+            and scale.shape[1] == 1
+            and n % _ALIGNMENT == 0
+            and k % _ALIGNMENT == 0
+            and choose_scaled_plan(num_tokens, n, k) is None
+        )
+
+    @with_fallback
+    def scaled_linear(
+        self, x: Activations, weight: Tensor, scale: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """See `QuantizedOps.scaled_linear`."""
+        if isinstance(x, Tensor):
+            if not self.wants_quantized(len(x), weight, scale, x.dtype):
+                x = x if x.stride(1) == 1 else x.contiguous()
+                return small_linear.linear(x, weight, bias, self._scratch, scale=scale)
+            x = self.quantize(x)
+        return torch._scaled_mm(
+            x.values,
+            weight.t(),
+            x.scale,
+            scale.t(),
+            bias=bias,
+            out_dtype=x.dtype,
+            use_fast_accum=FAST_ACCUMULATION,
+        )
+
+    @with_fallback
+    def add_rms_norm_quantized(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Quantized, Tensor]:
+        """See `QuantizedOps.add_rms_norm_quantized`."""
+        return fp8.add_rms_norm(x, residual, weight, eps)
+
+    @with_fallback
+    def silu_mul_quantized(self, gate_up: Tensor) -> Quantized:
+        """See `QuantizedOps.silu_mul_quantized`."""
+        return fp8.silu_mul(gate_up)
+
+    @cached_property
+    def _multiplies_float8(self) -> bool:
+        if self.device.type != "cuda":
+            return False
+        return torch.cuda.get_device_capability(self.device) >= SCALED_CAPABILITY
