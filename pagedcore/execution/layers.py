@@ -119,7 +119,6 @@ class RMSNorm:
         """The norm of x + residual, and that sum, all [T, h]; both inputs are given up."""
         return self._ops.add_rms_norm(x, residual, self._weight, self._eps)
 
-
     def add_for(
         self, consumer: Consumer, x: Tensor, residual: Tensor
     ) -> tuple[Activations, Tensor]:
@@ -127,6 +126,7 @@ class RMSNorm:
         if consumer.wants_quantized(len(x), x.dtype):
             return self._ops.add_rms_norm_quantized(x, residual, self._weight, self._eps)
         return self.add(x, residual)
+
 
 class Attention:
     """Causal self-attention over a paged cache, with grouped heads and rotary positions."""
@@ -241,8 +241,8 @@ class SparseMoE:
 
     def __call__(self, x: Activations) -> Tensor:
         """x [T, h] to [T, h]."""
-        scores = self._ops.linear(x, self._router)
         assert isinstance(x, Tensor), "nobody asked for 8 bits"
+        scores = self._ops.linear(x, self._router)
         return self._experts.apply(x, scores, self._num_chosen, self._normalize)
 
 
@@ -269,8 +269,8 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """x and residual [T, h] to the same, of which the sum is the stream; None is a zero."""
         assert cache is not None, "attention keeps a cache"
-        if residual is None:
         normed: Activations
+        if residual is None:
             normed, residual = self._attention_norm(x), x
         else:
             normed, residual = self._attention_norm.add_for(self._attention, x, residual)
