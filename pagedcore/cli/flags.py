@@ -161,8 +161,8 @@ def _flag_type(name: str, hint: Any) -> tuple[Any, Callable[..., Any] | None]:
     if origin in (str, bool, float, Literal):
         return hint, None
     if origin is tuple or origin is Sequence:
-        item = get_args(kind)[0]
-        return tuple[item, ...], None  # type: ignore[valid-type]
+        several: Any = tuple[get_args(kind)[0], ...]  # type: ignore[misc]
+        return (several | None if is_optional else several), None
     return str | None, functools.partial(_read_json, kind)
 
 
