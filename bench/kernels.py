@@ -135,7 +135,7 @@ def run_tuning(args: argparse.Namespace, num_sms: int) -> list[Trial]:
         cases = [
             AttentionCase(*heads, (context,) * batch)
             for heads in HEADS.values()
-            for batch, context in ((1, 256), (32, 256), (256, 256), (64, 1024), (256, 1024))
+            for batch, context in ((1, 1024), (32, 256), (256, 256), (256, 1024))
         ]
         trials += show_trials(tune(cases, pool, num_sms, list(decode_configs())))
     if "extend" in args.tune:

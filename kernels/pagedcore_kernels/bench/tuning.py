@@ -24,17 +24,22 @@ class Trial:
 
 def decode_configs() -> Iterator[DecodeConfig]:
     """Settings whose programs fit a multiprocessor of 227 KiB together."""
-    for tile, warps, stages, programs in product((64, 32), (2, 4, 8), (2, 3, 4), (1, 2, 3, 4)):
-        if programs * (stages - 1) * tile * 512 <= 200_000 and programs * warps <= 16:
-            for min_share in (4,) if tile == 64 else (8,):
-                yield DecodeConfig(tile, warps, stages, programs, min_share)
+    for tile, warps, stages in product((64, 32), (2, 4, 8), (2, 3, 4)):
+        if tile // warps < 8:
+            continue
+        for programs in (1, 2, 3, 4):
+            if programs * ((stages - 1) * (2 * tile + 16) * 256 + 9216) <= 228_000:
+                yield DecodeConfig(tile, warps, stages, programs, min_share=256 // tile)
 
 
 def extend_configs() -> Iterator[ExtendConfig]:
-    """Settings that fit one multiprocessor."""
-    for queries, keys, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
-        if (queries + 2 * keys * stages) * 256 <= 232_000 and queries // warps <= 32:
-            yield ExtendConfig(queries, keys, warps, stages)
+    """Settings that fit one multiprocessor, alone or, with few registers, two at a time."""
+    for descriptors in (False, True):
+        for keys, stages, registers in product((32, 64), (2, 3), (None, 128)):
+            yield ExtendConfig(128, keys, 8, stages, registers, descriptors)
+        yield ExtendConfig(64, 64, 4, 2, None, descriptors)
+        yield ExtendConfig(64, 64, 4, 3, None, descriptors)
+    yield ExtendConfig(128, 128, 8, 2)
 
 
 def tune(
