@@ -18,12 +18,20 @@ from pagedcore.testing.fake_engine import FakeEngine, build_fake_engine
 BUILD_STEERED = "pagedcore.testing.steered_engine:build_steered_engine"
 """For `EngineProcess(config, build=BUILD_STEERED)`, and for the mounts."""
 
+START_PIPE = "start"
+
 WAIT_S = 30.0
 """Seconds after which a state that was waited for counts as never reached."""
 
 
 def build_steered_engine(config: EngineConfig, *, usage: Usage) -> FakeEngine:
-    """A FakeEngine that also takes orders; `config.model.model` must be a folder."""
+    """A FakeEngine that also takes orders; `config.model.model` must be a folder.
+
+    Where that holds a named pipe `start`, loading lasts until somebody writes to it.
+    """
+    gate = Path(config.model.model) / START_PIPE
+    if gate.exists():
+        gate.read_bytes()
     engine = build_fake_engine(config, usage=usage)
     path = _socket_path(Path(config.model.model))
     path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import openai
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pagedcore.testing.steered_engine import EngineHandle
+from pagedcore.testing.steered_engine import START_PIPE, EngineHandle
 
 FACES = {
     "asgi": "pagedcore_openai.serve:serve",
@@ -201,6 +201,18 @@ class Running:
             self.process_tick()
         raise AssertionError(f"the server is not ready:\n{self.log.read_text()}")
 
+    def wait_listening(self):
+        """Wait until the port answers, be it with what it may."""
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                return self.get("/livez")
+            self.process_tick()
+        raise AssertionError(f"the server has ended:\n{self.log.read_text()}")
+
+    def finish_start(self):
+        """Let the engine of a server with `slow_start` be loaded."""
+        (self.log.parent / START_PIPE).write_bytes(b"go")
+
     def process_tick(self):
         """Give a starting server some time: it has no way to tell us that it listens."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -241,9 +253,13 @@ def start(face, tmp_path_factory):
     """Start a server of one's own: `with start(max_n=2, engine={"max_num_seqs": 1}) as server`."""
 
     @contextlib.contextmanager
-    def starting(*, engine=None, template=TEMPLATE, environment=None, wait=True, **options):
+    def starting(
+        *, engine=None, template=TEMPLATE, environment=None, wait=True, slow_start=False, **options
+    ):
         folder = tmp_path_factory.mktemp("model")
         write_model(folder, template)
+        if slow_start:
+            os.mkfifo(folder / START_PIPE)
         port = free_port()
         settings = {"model": str(folder), "served_model_name": ["fake", "alias"], **(engine or {})}
         settings.setdefault("max_model_len", MODEL_LENGTH)
@@ -301,7 +317,60 @@ def _nothing_left(shared):
 
 @pytest.fixture
 def server(shared):
+    """With every setting at its default."""
     return shared()
+
+
+@pytest.fixture
+def generous(shared):
+    """With everything on that is off by default."""
+    return shared(
+        stream_interval=3,
+        sse_keepalive_interval=0.05,
+        enable_force_include_usage=True,
+        enable_prompt_tokens_details=True,
+        enable_admin_api=True,
+        metrics_alias="vllm",
+        trust_request_chat_template=True,
+        template_timeout=2,
+        engine={"scheduling_policy": "priority", "max_num_seqs": 8, "max_model_len": 1 << 20},
+    )
+
+
+@pytest.fixture
+def strict(shared):
+    """Without patience for unknown fields, and without a chat template."""
+    return shared(strict_params=True, template=None)
+
+
+@pytest.fixture
+def locked(shared):
+    """With keys."""
+    return shared(
+        api_key=["first-key", "second-key"],
+        allowed_origins=["https://example.org"],
+        max_inflight_per_key=2,
+    )
+
+
+@pytest.fixture
+def small(shared):
+    """With limits that are easily reached."""
+    return shared(
+        max_request_bytes=4000,
+        max_header_bytes=2000,
+        max_header_count=20,
+        max_body_chunks=20,
+        max_json_depth=10,
+        max_n=3,
+        max_prompts_per_request=4,
+        max_stop_strings=2,
+        max_bad_words=2,
+        max_logit_bias=2,
+        max_logprobs=3,
+        http_read_timeout=0.5,
+        engine={"max_num_seqs": 1, "max_num_queued_reqs": 8},
+    )
 
 
 @pytest.fixture

@@ -73,28 +73,33 @@ def test_after_an_error_event_comes_done_and_no_usage(server):  # STREAM-6
     assert end == "[DONE]"
 
 
-def test_a_full_queue_is_503_with_a_time_to_come_back(shared):  # QUEUE-1, STREAM-6
-    server = shared(engine={"max_num_seqs": 1, "max_num_queued_reqs": 2})
-    server.engine.pause()
-    with server.client() as client:
-        running = client.completions.create(model="fake", prompt="abc", n=2, stream=True)
-        server.engine.wait_for_live(2)
+def test_a_full_queue_is_503_with_a_time_to_come_back(small):  # QUEUE-1, STREAM-6
+    small.engine.pause()
+    with small.client() as client:
+        running = [
+            client.completions.create(model="fake", prompt=["a", "b"], n=2, stream=True)
+            for _ in range(2)
+        ]
+        small.engine.wait_for_live(8)
         for stream in (False, True):
-            refused = server.complete(stream=stream)
+            refused = small.complete(stream=stream)
             assert refused.error["type"] == "ServiceUnavailableError"
             assert 1 <= int(refused.headers["retry-after"]) <= 60
         with pytest.raises(openai.InternalServerError) as raised:
             client.completions.create(model="fake", prompt="abc")
         assert raised.value.status_code == 503
+        for stream in running:
+            stream.close()
+
+
+def test_the_choices_of_a_prompt_are_taken_whole_or_not_at_all(small):  # QUEUE-1, EN-8
+    small.engine.pause()
+    with small.client() as client:
+        running = client.completions.create(model="fake", prompt=["a"] * 3, n=2, stream=True)
+        small.engine.wait_for_live(6)
+        assert small.complete(n=3).status == 503
+        assert small.engine.state()["live"] == 6
         running.close()
-
-
-def test_several_choices_are_taken_whole_or_not_at_all(shared):  # QUEUE-1, EN-8
-    server = shared(engine={"max_num_seqs": 1, "max_num_queued_reqs": 2})
-    server.engine.pause()
-    added = server.engine.state()["added"]
-    assert server.complete(n=3).status == 503
-    assert server.engine.state()["added"] == added
 
 
 def test_unknown_paths_and_wrong_methods_have_the_same_body(server):  # HTTP-2
@@ -120,10 +125,9 @@ def test_a_body_without_a_type_is_json(server, kind):  # REQ-5
     assert server.request("POST", "/v1/completions", body, headers).status == 200
 
 
-def test_a_model_without_a_template_cannot_chat(shared):  # ERR-2
-    server = shared(engine={"max_model_len": 64}, template=None)
-    assert server.chat("hi").error["type"] == "UnprocessableEntityError"
-    assert server.complete(max_tokens=1).status == 200
+def test_a_model_without_a_template_cannot_chat(strict):  # ERR-2
+    assert strict.chat("hi").error["type"] == "UnprocessableEntityError"
+    assert strict.complete(max_tokens=1).status == 200
 
 
 def test_every_error_has_a_request_id(server):  # STREAM-1

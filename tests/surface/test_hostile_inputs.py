@@ -214,9 +214,8 @@ def test_a_template_is_never_the_clients(server, kwargs):  # IN-21
         "{{",
     ],
 )
-def test_a_trusted_template_still_cannot_leave_its_sandbox(shared, template):  # IN-21, IN-22
-    server = shared(trust_request_chat_template=True, template_timeout=2)
-    answer = post(server, chat(chat_template=template), "/v1/chat/completions")
+def test_a_trusted_template_still_cannot_leave_its_sandbox(generous, template):  # IN-21, IN-22
+    answer = post(generous, chat(chat_template=template), "/v1/chat/completions")
     assert answer.error["code"] == 400
     assert "root:" not in answer.error["message"]
 

@@ -32,11 +32,6 @@ ROUTES = [
 ]
 
 
-@pytest.fixture
-def locked(shared):
-    return shared(api_key=KEYS)
-
-
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_every_route_needs_a_key(locked, method, path):  # AUTH-1, IN-37, IN-38
     body = {"prompt": "abc"} if method == "POST" else None

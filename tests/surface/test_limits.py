@@ -2,27 +2,6 @@
 
 import pytest
 
-SMALL = dict(
-    max_request_bytes=4000,
-    max_header_bytes=2000,
-    max_header_count=20,
-    max_body_chunks=20,
-    max_json_depth=10,
-    max_n=3,
-    max_prompts_per_request=4,
-    max_stop_strings=2,
-    max_bad_words=2,
-    max_logit_bias=2,
-    max_logprobs=3,
-    http_read_timeout=0.5,
-    engine={"max_num_queued_reqs": 8, "max_num_queued_tokens": 0},
-)
-
-
-@pytest.fixture
-def small(shared):
-    return shared(**SMALL)
-
 
 @pytest.mark.parametrize(
     ("at_limit", "above", "param"),
@@ -131,22 +110,21 @@ def test_others_are_served_while_slow_ones_are_waited_for(small):  # LIMIT-2
         link.close()
 
 
-def test_requests_of_one_key_have_a_limit(shared):  # QUEUE-4
-    server = shared(max_inflight_per_key=2, api_key=["one", "two"])
-    server.engine.pause()
-    one, two = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
-    with server.client(api_key="one") as client:
+def test_requests_of_one_key_have_a_limit(locked):  # QUEUE-4
+    locked.engine.pause()
+    first, second = ({"authorization": f"Bearer {key}-key"} for key in ("first", "second"))
+    with locked.client(api_key="first-key") as client:
         streams = [
             client.completions.create(model="fake", prompt="abc", stream=True) for _ in range(2)
         ]
-        refused = server.complete(headers=one)
+        refused = locked.complete(headers=first)
         assert refused.error["type"] == "RateLimitError"
         assert int(refused.headers["retry-after"]) >= 1
-        server.engine.release()
-        assert server.complete(headers=two, max_tokens=1).status == 200
+        locked.engine.release()
+        assert locked.complete(headers=second, max_tokens=1).status == 200
         for stream in streams:
             list(stream)
-    assert server.complete(headers=one, max_tokens=1).status == 200
+    assert locked.complete(headers=first, max_tokens=1).status == 200
 
 
 def test_requests_of_one_key_have_a_rate(shared):

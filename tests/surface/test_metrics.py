@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 GAUGES = {
@@ -99,10 +98,18 @@ def test_bounds_are_those_of_the_table(server):  # METRIC-5
     assert bounds("inter_token_latency_seconds")[-2:] == ["80.0", "+Inf"]
 
 
-def test_histograms_count_sequences_and_prompts(start):  # METRIC-6, METRIC-7
+def test_sequences_and_prompts_are_counted_and_probes_and_refusals_are_not(start):
+    # METRIC-6, METRIC-7, LIFE-2, QUEUE-3
     with start() as server:
+        server.get("/health_generate")
+        server.complete(max_tokens=0)
+        before = families(server)
         server.complete(["abc", "defg"], n=2, seed=0, max_tokens=4)
         found = families(server)
+    assert value(before, "request_prompt_tokens", "_count") == 0
+    assert value(before, "prompt_tokens", "_total") <= 0
+    reasons = {sample.labels.get("reason") for sample in found["admission_rejections"].samples}
+    assert reasons >= {"queued_reqs", "queued_tokens", "tenant_limit", "draining", "not_ready"}
     assert value(found, "request_prompt_tokens", "_count") == 4
     assert value(found, "request_prompt_tokens", "_sum") == 14
     assert value(found, "request_generation_tokens", "_sum") == 16
@@ -113,30 +120,14 @@ def test_histograms_count_sequences_and_prompts(start):  # METRIC-6, METRIC-7
     assert value(found, "request_max_num_generation_tokens", "_count") == 2
 
 
-def test_probes_and_refusals_are_no_requests(start):  # LIFE-2, QUEUE-3
-    with start() as server:
-        server.get("/health_generate")
-        server.complete(max_tokens=0)
-        found = families(server)
-    assert value(found, "request_prompt_tokens", "_count") == 0
-    assert value(found, "prompt_tokens", "_total") <= 0
-    reasons = {
-        sample.labels["reason"]
-        for sample in found["admission_rejections"].samples
-        if sample.name.endswith("_total")
-    }
-    assert reasons >= {"queued_reqs", "queued_tokens", "tenant_limit", "draining", "not_ready"}
-
-
 def test_all_five_reasons_are_there_from_the_start(server):
     reasons = {s.labels.get("finished_reason") for s in families(server)["request_success"].samples}
     assert reasons >= {"stop", "length", "abort", "error", "repetition"}
 
 
-def test_an_alias_exports_each_series_again(shared):  # METRIC-4
-    server = shared(metrics_alias="vllm")
-    server.complete(max_tokens=3)
-    ours, theirs = families(server), families(server, "vllm:")
+def test_an_alias_exports_each_series_again(generous):  # METRIC-4
+    generous.complete(max_tokens=3)
+    ours, theirs = families(generous), families(generous, "vllm:")
     assert ours.keys() <= theirs.keys()
     assert theirs.keys() - ours.keys() == {
         "gpu_cache_usage_perc",
@@ -144,7 +135,7 @@ def test_an_alias_exports_each_series_again(shared):  # METRIC-4
         "num_requests_swapped",
     }
     name = "time_to_first_token_seconds"
-    assert value(ours, name, "_count") == value(theirs, name, "_count") == 1
+    assert value(ours, name, "_count") == value(theirs, name, "_count") >= 1
 
 
 def test_what_runs_is_a_gauge(server, client):
@@ -157,8 +148,7 @@ def test_what_runs_is_a_gauge(server, client):
     assert value(families(server), "num_requests_running") == 0  # METRIC-10
 
 
-@pytest.mark.parametrize("prefix", ["pagedcore:"])
-def test_the_page_is_what_prometheus_reads(server, prefix):
+def test_the_page_is_what_prometheus_reads(server):
     text = server.get("/metrics").body.decode()
     for line in text.splitlines():
         assert re.match(r"#|[a-zA-Z_:][a-zA-Z0-9_:]*(\{.*\})? [-+0-9.eEInfNa]+$", line)

@@ -115,16 +115,15 @@ def test_administration_does_not_exist_unless_asked_for(server, path):  # HTTP-3
     assert server.get("/is_sleeping").status == 404
 
 
-def test_administration_can_forget_cached_prefixes(shared):  # HTTP-3, POOL-7
-    server = shared(enable_admin_api=True)
-    assert server.get("/is_sleeping").json == {"is_sleeping": False}
+def test_administration_can_forget_cached_prefixes(generous):  # HTTP-3, POOL-7
+    assert generous.get("/is_sleeping").json == {"is_sleeping": False}
     for path in ADMIN:
-        assert server.request("POST", path).status == 501
-    assert server.request("POST", "/reset_prefix_cache").status == 200
-    server.engine.pause()
-    with server.client() as client:
+        assert generous.request("POST", path).status == 501
+    assert generous.request("POST", "/reset_prefix_cache").status == 200
+    generous.engine.pause()
+    with generous.client() as client:
         stream = client.completions.create(model="fake", prompt="abc", stream=True)
-        assert server.request("POST", "/reset_prefix_cache").status == 503
+        assert generous.request("POST", "/reset_prefix_cache").status == 503
         stream.close()
 
 
@@ -139,22 +138,20 @@ def test_the_chat_page_needs_nothing_from_elsewhere(server):
     assert 'lang="en"' in text
 
 
-def test_browsers_of_allowed_origins_may_call_and_no_others(shared):
-    server = shared(allowed_origins=["https://example.org"], api_key=["key"])
-
+def test_browsers_of_allowed_origins_may_call_and_no_others(locked):
     def preflight(origin):
         headers = {
             "origin": origin,
             "access-control-request-method": "POST",
             "access-control-request-headers": "authorization,content-type",
         }
-        return server.request("OPTIONS", "/v1/completions", headers=headers)
+        return locked.request("OPTIONS", "/v1/completions", headers=headers)
 
     good = preflight("https://example.org")
     assert good.status == 200
     assert good.headers["access-control-allow-origin"] == "https://example.org"
     assert "access-control-allow-origin" not in preflight("https://example.com").headers
-    refused = server.get("/v1/models", origin="https://example.org")
+    refused = locked.get("/v1/models", origin="https://example.org")
     assert refused.status == 401
     assert refused.headers["access-control-allow-origin"] == "https://example.org"
 

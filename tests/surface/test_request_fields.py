@@ -52,14 +52,13 @@ def test_a_long_list_of_unknown_fields_ends_at_a_whole_name(server):  # REQ-4
     assert 4000 < len(header) <= 4096
 
 
-def test_strict_mode_refuses_unknown_fields_and_not_those_without_effect(shared):  # REQ-2, REQ-3
-    server = shared(strict_params=True)
-    error = server.complete(max_tokens=1, zebra=1, apple=2).error
+def test_strict_mode_refuses_unknown_fields_and_not_those_without_effect(strict):  # REQ-2, REQ-3
+    error = strict.complete(max_tokens=1, zebra=1, apple=2).error
     assert (error["code"], error["param"]) == (400, "apple")
-    nested = server.chat("hi", stream=True, stream_options={"x": 1}).error
+    nested = strict.chat("hi", stream=True, stream_options={"x": 1}).error
     assert nested["param"] == "stream_options.x"
 
-    known = server.complete(max_tokens=1, user="me", metadata={"a": 1}, store=True)
+    known = strict.complete(max_tokens=1, user="me", metadata={"a": 1}, store=True)
     assert (known.status, known.headers[IGNORED]) == (200, "metadata,store,user")
 
 
@@ -209,16 +208,14 @@ def test_a_stream_tells_in_its_headers_what_was_adjusted(server):  # REQ-7
     assert answer.headers[ADJUSTED] == "max_tokens=5"
 
 
-def test_priority_is_taken_under_its_policy(shared):  # REQ-8
-    server = shared(engine={"scheduling_policy": "priority"})
-    assert server.complete(priority=-3, max_tokens=1).status == 200
+def test_priority_is_taken_under_its_policy(generous):  # REQ-8
+    assert generous.complete(priority=-3, max_tokens=1).status == 200
 
 
-def test_a_trusted_server_takes_a_requests_own_template(shared):  # REQ-9
-    server = shared(trust_request_chat_template=True)
-    answer = server.chat("hi", chat_template="<{{ messages[0].content }}>", max_tokens=4)
+def test_a_trusted_server_takes_a_requests_own_template(generous):  # REQ-9
+    answer = generous.chat("hi", chat_template="<{{ messages[0].content }}>", max_tokens=4)
     assert answer.json["choices"][0]["message"]["content"] == "<hi>"
-    broken = server.chat("hi", chat_template="{{ undefined_function() }}").error
+    broken = generous.chat("hi", chat_template="{{ undefined_function() }}").error
     assert broken["code"] == 400
 
 

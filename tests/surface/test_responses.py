@@ -140,9 +140,8 @@ def test_a_failure_is_told_in_the_stream(server, client):
     assert "NaN logits" in last.response.error.message
 
 
-def test_others_cannot_see_it(shared):
-    server = shared(api_key=["one", "two"])
-    with server.client(api_key="one") as one, server.client(api_key="two") as two:
+def test_others_cannot_see_it(locked):
+    with locked.client(api_key="first-key") as one, locked.client(api_key="second-key") as two:
         made = one.responses.create(model="fake", input="hi", max_output_tokens=3)
         with pytest.raises(openai.NotFoundError):
             two.responses.retrieve(made.id)

@@ -147,9 +147,11 @@ class Surface:
         watcher = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            raise ClientGoneError
+            if not task.done():
+                raise ClientGoneError
+            if task.cancelled() and self.aborting:
+                raise OverloadedError("the server is shutting down", "draining", retry_after_s=5)
+            return task.result()
         finally:
             watcher.cancel()
             if not task.done():
