@@ -93,3 +93,52 @@ def paused():
             engine.release()
 
     return pause
+
+
+class TinyModel:
+    """A model folder, and what transformers says of it."""
+
+    def __init__(self, folder):
+        from pagedcore.testing.tiny_models import save_tiny_model
+
+        self.folder = folder
+        self.reference = save_tiny_model(folder, num_hidden_layers=2)
+
+    def llm(self, *, in_flight=False, **options):
+        """The model in float32 with room for a few sequences; `options` go over that.
+
+        With `in_flight`, steps overlap, which they otherwise do on a GPU only.
+        """
+        from pagedcore import LLM
+        from pagedcore.engine.engine import Engine
+
+        settings = {
+            "dtype": "float32",
+            "device": "cpu",
+            "max_num_seqs": 8,
+            "num_gpu_blocks_override": 200,
+        }
+        llm = LLM(str(self.folder), **settings | options)
+        if in_flight:
+            built = llm.engine
+            parts = built._scheduler, built._executor, built.info
+            llm._engine = Engine(*parts, async_scheduling=True)
+        return llm
+
+    def greedy(self, prompt, num_tokens):
+        """What transformers generates."""
+        from pagedcore.testing.tiny_models import greedy_tokens
+
+        return greedy_tokens(self.reference, prompt, num_tokens)
+
+    def logits(self, token_ids):
+        """The logits [T, V] after each of T tokens, as transformers computes them."""
+        import torch
+
+        with torch.inference_mode():
+            return self.reference(torch.tensor([token_ids])).logits[0]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return TinyModel(tmp_path_factory.mktemp("tiny"))
