@@ -178,6 +178,14 @@ class Ops(QuantizedOps, Protocol):
         """x [T, in] times a packed weight [out, in], plus bias [out]: [T, out] in x's dtype."""
         ...
 
+    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor) -> Tensor:
+        """The head: hidden [S, h] times weight [V, h]: [S, V] in any float type.
+
+        `packed` is the same weight as `pack_linear` left it. In each row the few largest scores
+        are those of exact products with sums in float32, so that close ones keep their order.
+        """
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Normalise x [T, h] by its root mean square, in float32, then scale by weight [h]."""
         ...

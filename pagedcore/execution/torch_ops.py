@@ -19,6 +19,7 @@ from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTenso
 from pagedcore.execution.torch_attention import Plan, attend, begun_blocks, plan_attention
 from pagedcore.execution.torch_quantized import TorchQuantizedOps
 from pagedcore.execution.torch_sampling import sample
+from pagedcore.execution.torch_scores import refine
 
 
 class TorchOps(TorchQuantizedOps):
@@ -84,6 +85,11 @@ class TorchOps(TorchQuantizedOps):
             )
             return out
         return functional.linear(x, weight, bias)
+
+    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor) -> Tensor:
+        """See `Ops.scores`."""
+        scores = self.linear(hidden, packed)
+        return scores if scores.dtype == torch.float32 else refine(scores, hidden, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
