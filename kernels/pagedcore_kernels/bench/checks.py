@@ -81,6 +81,17 @@ def _check_attention(device: str, dtype: torch.dtype, small: bool) -> Iterator[C
         )  # fmt: skip
         name = f"attention {kind} B {block_size} window {window} soft cap {soft_cap}"
         yield Check(name, attention_error(step, soft_cap), LIMITS[dtype])
+    if not small and dtype != torch.float32:
+        step = make_step(
+            lengths, num_heads=16, num_kv_heads=8, head_dim=128, block_size=64, dtype=dtype,
+            cache_dtype=torch.float8_e4m3fn, device=device,
+        )  # fmt: skip
+        yield Check(f"attention {kind}, keys and values fp8", attention_error(step), LIMITS[dtype])
+        step = make_step(
+            [(1, 4000), (24, 3000), (40, 40)], num_heads=32, num_kv_heads=8, head_dim=128,
+            block_size=64, dtype=dtype, device=device,
+        )  # fmt: skip
+        yield Check(f"attention {kind}, keys in parts", attention_error(step), LIMITS[dtype])
 
 
 def _check_rows(device: str, dtype: torch.dtype, small: bool) -> Iterator[Check]:

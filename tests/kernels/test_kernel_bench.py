@@ -1,0 +1,39 @@
+"""The bench of the kernels: what it checks, and what it counts."""
+
+import pytest
+
+from pagedcore_kernels.bench.checks import Check, check_kernels
+from pagedcore_kernels.bench.clock import num_rotations, time_calls
+from pagedcore_kernels.bench.speed import AttentionCase
+
+
+def test_every_check_passes_and_there_is_one_for_each_kernel(device):
+    checks = list(check_kernels(device, small=True))
+    assert [check.name for check in checks if not check.passed] == []
+    kernels = {check.name.split()[0] for check in checks}
+    rows = {"rms_norm", "add_rms_norm", "silu_mul"}
+    assert kernels == rows | {"attention", "rope_and_cache", "copy_blocks", "moe"}
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.1, True), (0.3, False), (float("nan"), False)])
+def test_a_check_passes_within_its_limit(error, passed):
+    assert Check("a kernel", error, 0.2).passed is passed
+
+
+def test_a_prompt_counts_each_pair_of_a_query_and_a_position_it_sees():
+    case = AttentionCase(2, 1, (3,), 3)
+    assert case.operations == 4 * 2 * 128 * (1 + 2 + 3)
+    case = AttentionCase(2, 1, (10, 10), 1)
+    assert case.operations == 4 * 2 * 128 * 20
+    assert case.bytes_read == 20 * 2 * 128 * 2
+
+
+def test_small_data_is_rotated_and_large_data_is_not():
+    assert num_rotations(1 << 30) == 1
+    assert num_rotations(64 << 20) == 4
+    assert num_rotations(1, most=7) == 7
+
+
+def test_times_are_positive_and_in_order():
+    passed = time_calls([lambda: None])
+    assert 0 < passed.least <= passed.median <= passed.p99
