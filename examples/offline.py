@@ -1,6 +1,6 @@
 """Batches, conversations and streams in one process, without a server.
 
-    python examples/offline.py
+python examples/offline.py
 """
 
 from pagedcore import LLM, SamplingParams
