@@ -17,7 +17,7 @@ from pagedcore_openai.counters import Counters
 from pagedcore_openai.metrics import exposition
 
 REMEDY = "print it anew: python -m pagedcore.cli.reference > docs/configuration.md"
-FLAGS_OF_OTHERS = {"--dry-run", "--out", "--help", "--from", "--with", "--tune"}
+FLAGS_OF_OTHERS = {"--dry-run", "--out", "--help", "--from", "--with", "--tune", "--enable-shared"}
 
 
 @pytest.fixture
