@@ -14,6 +14,7 @@ from pagedcore.server_config import ServerConfig
 from pagedcore_litserve.front import Front
 from pagedcore_litserve.plan import Plan
 from pagedcore_litserve.worker import PagedLoop
+from pagedcore_openai.counters import Counters
 
 PING_S = 1.0
 """Seconds that an engine has to answer LitServe's health check."""
@@ -82,7 +83,8 @@ class PagedSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
         self.is_supervised = False
         """Whether `run` starts the server: then API servers drain before they close the port."""
         self.stats_interval_s = 10.0
-        self.num_workers = 1
+        self.counters: list[Counters] = []
+        """For each engine, what its front ends count: memory that all API servers share."""
         self.fronts: dict[asyncio.AbstractEventLoop, Front] = {}
         """The surface of each event loop of this process."""
         self._settings: dict[str, Any] = {"engine": engine, "server": server, "build": build}
@@ -112,12 +114,15 @@ class PagedSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
 
     def setup(self, server: Any) -> None:
         """Called in the main process before workers start."""
-        self.num_workers = len(server._inference_workers_config_for_api(self.api_path))
-        _ = self.plan
+        if not self.counters:  # and not a worker that is started again
+            num_workers = len(server._inference_workers_config_for_api(self.api_path))
+            num_api_servers = self._server.transport_config.num_consumers
+            self.counters = [Counters(num_api_servers) for _ in range(num_workers)]
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes to a worker."""
-        return {**super().__getstate__(), "fronts": {}, "response_buffer": None}
+        own: dict[str, Any] = {"fronts": {}, "counters": [], "response_buffer": None}
+        return {**super().__getstate__(), **own, "_plan": self.plan}
 
     def decode_request(self, request: Any, context_kwargs: Any = None) -> Any:
         """LitServe's own requests: there are none."""

@@ -7,7 +7,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from litserve.callbacks.base import EventTypes
-from starlette.routing import Match
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagedcore.engine.client import EngineClient
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pagedcore.server")
 
-LITSERVE_PATHS = frozenset({"/", "/health", "/info"})
+LITSERVE_PATHS = frozenset({"/", "/health", "/info", "/openapi.json"})
 """Of ours, what LitServe answers, unless the surface owns the server."""
 
 
@@ -36,11 +38,18 @@ class Front:
         self._prefix = spec.api_path.rstrip("/")
         plan = spec.plan
         self._surface_apps = [
-            build_app(EngineClient(plan.address(worker_id)), plan.engine, plan.server)
-            for worker_id in range(spec.num_workers)
+            build_app(
+                EngineClient(plan.address(worker_id)),
+                plan.engine,
+                plan.server,
+                counters=counters,
+                slot=_own_number(),
+            )
+            for worker_id, counters in enumerate(spec.counters)
         ]
         self.surfaces: list[Surface] = [app.state.surface for app in self._surface_apps]
         """One for each engine."""
+        self._surface_apps[0].router.routes.insert(0, Route("/metrics", self._metrics))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""
@@ -66,19 +75,33 @@ class Front:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """By the surface that is ready, and then has the least to do."""
-        number = min(
-            range(len(self.surfaces)),
-            key=lambda i: (not self.surfaces[i].ready, self.surfaces[i].num_running),
-        )
+        inner = self._inner(scope)
+        number = 0
+        if inner["path"] != "/metrics":  # which the first one answers for all
+            number = min(
+                range(len(self.surfaces)),
+                key=lambda i: (not self.surfaces[i].ready, self.surfaces[i].num_running),
+            )
         server = self._spec._server
         callbacks = server._callback_runner
         callbacks.trigger_event(
             EventTypes.ON_REQUEST.value, active_requests=server.active_requests, litserver=server
         )
         try:
-            await self._surface_apps[number](self._inner(scope), receive, send)
+            await self._surface_apps[number](inner, receive, send)
         finally:
             callbacks.trigger_event(EventTypes.ON_RESPONSE.value, litserver=server)
+
+    async def _metrics(self, request: Request) -> Response:
+        """What all engines and their front ends have counted."""
+        from pagedcore_openai.metrics import CONTENT_TYPE, exposition
+
+        engines = []
+        for surface in self.surfaces:
+            stats = await surface.client.call("stats")
+            engines.append((surface.info, stats, surface.counters))
+        page = exposition(engines, alias=self._spec.plan.server.metrics_alias)
+        return Response(page, headers={"content-type": CONTENT_TYPE})
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The surfaces begin after LitServe's app, and end after it."""
@@ -98,7 +121,7 @@ class Front:
         self._spec.fronts[asyncio.get_running_loop()] = self
         departure.join(self.surfaces)
         works = [self._load(departure)]
-        if _is_first() and self._spec._server.logger_queue is not None:
+        if _own_number() == 0 and self._spec._server.logger_queue is not None:
             works.append(self._log_stats())
         return [asyncio.create_task(work) for work in works]
 
@@ -117,7 +140,7 @@ class Front:
         except Exception as error:
             departure.fail(error)
             return
-        if _is_first():
+        if _own_number() == 0:
             info: Any = self.surfaces[0].info
             seconds = info.startup_seconds.get("total", 0.0)
             logger.info("serving %s (loaded in %.1f s)", info.served_model_names[0], seconds)
@@ -136,6 +159,6 @@ class Front:
             self._spec.lit_api.log(f"{self._prefix}/engine/{engine}/{name}", value)
 
 
-def _is_first() -> bool:
-    """Whether this is the first of LitServe's API servers, which it numbers."""
-    return os.environ.get("LITSERVE_WORKER_ID", "0") == "0"
+def _own_number() -> int:
+    """Which of LitServe's API servers this is."""
+    return int(os.environ.get("LITSERVE_WORKER_ID", "0"))

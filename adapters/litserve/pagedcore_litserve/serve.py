@@ -12,6 +12,7 @@ from pagedcore.errors import ConfigError
 from pagedcore.server_config import ServerConfig
 from pagedcore_litserve.api import PagedLitAPI, PagedSpec
 from pagedcore_litserve.supervisor import Supervisor
+from pagedcore_openai.tls import tls_options
 
 logger = logging.getLogger("pagedcore.server")
 
@@ -35,6 +36,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD) -> 
     dies again and again.
     """
     _check_address(server.host, server.port)
+    tls = tls_options(server)
     lit_server = LitServer(
         PagedLitAPI(engine=config, server=server, owns_server=True, build=build),
         accelerator="cpu",  # one worker, and the engine chooses its device
@@ -51,6 +53,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD) -> 
         log_level="info" if server.enable_log_requests else "warning",
         access_log=server.enable_log_requests,
         log_config=None,
+        **tls,
     )
     return 0
 
