@@ -3,7 +3,7 @@
 T tokens   S sequences   h hidden size   F width   E experts   V vocabulary
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -156,7 +156,10 @@ def _rope(
 def _check_moe(device: str, dtype: torch.dtype, small: bool) -> Check:
     tokens, h, width, experts, chosen = (9, 64, 48, 8, 2) if small else (300, 512, 384, 32, 4)
     ops, plain = TritonOps(device), PlainOps(device)
-    draw: Callable[..., Tensor] = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
     x, scores = draw(tokens, h), draw(tokens, experts)
     gate_up, down = draw(experts, 2 * width, h) * h**-0.5, draw(experts, h, width) * width**-0.5
     got = ops.moe(x, scores, gate_up, down, chosen, normalize=True)
