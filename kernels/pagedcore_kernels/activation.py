@@ -17,12 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedcore_kernels.dependent import can_depend, wait_for_predecessors
+
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, gate_up_stride, width, BLOCK: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up, out, gate_up_stride, width, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
+    wait_for_predecessors(DEPENDENT)
     gate_up += token * gate_up_stride
     gate = tl.load(gate_up + column, inside, 0.0).to(tl.float32)
     up = tl.load(gate_up + width + column, inside, 0.0).to(tl.float32)
@@ -36,7 +41,15 @@ def silu_mul(gate_up: Tensor, block: int = 1024, num_warps: int = 4) -> Tensor:
     width = columns // 2
     out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if tokens:
+        dependent = can_depend(gate_up.device)
         _silu_mul_kernel[(tokens, triton.cdiv(width, block))](
-            gate_up, out, gate_up.stride(0), width, BLOCK=block, num_warps=num_warps
+            gate_up,
+            out,
+            gate_up.stride(0),
+            width,
+            BLOCK=block,
+            DEPENDENT=dependent,
+            num_warps=num_warps,
+            launch_pdl=dependent,
         )
     return out

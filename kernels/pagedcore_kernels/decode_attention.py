@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedcore_kernels.dependent import can_depend, wait_for_predecessors
 from pagedcore_kernels.work_list import WorkList
 
 LOG2_E = 1.4426950408889634
@@ -166,9 +167,11 @@ def _decode_kernel(
     PRECISION: tl.constexpr,
     IS_FP8: tl.constexpr,
     COMPUTE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
+    wait_for_predecessors(DEPENDENT)
     share = tl.load(header + 1)
     begin = program * share
     end = tl.minimum(begin + share, tl.load(header))
@@ -295,5 +298,7 @@ def decode_attention(
         IS_FP8=key_cache.dtype == torch.float8_e4m3fn,
         COMPUTE=tl.float32 if query.dtype == torch.float32 else tl.float16,
         num_warps=config.num_warps,
+        DEPENDENT=can_depend(query.device),
         num_stages=config.num_stages,
+        launch_pdl=can_depend(query.device),
     )

@@ -17,6 +17,7 @@ from torch.nn import functional
 from pagedcore.execution.ops import Ops
 from pagedcore.execution.quantized import Activations, Quantized
 from pagedcore_kernels import fp8, small_linear
+from pagedcore_kernels.dependent import can_depend
 from pagedcore_kernels.fallback import with_fallback
 from pagedcore_kernels.small_linear_plans import choose_scaled_plan
 
@@ -47,7 +48,9 @@ class LinearOps:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Ops.linear`."""
         if small_linear.is_faster(len(x), *weight.shape) and x.stride(1) == 1:
-            return small_linear.linear(x, weight, bias, self._scratch)
+            return small_linear.linear(
+                x, weight, bias, self._scratch, dependent=can_depend(x.device)
+            )
         return functional.linear(x, weight, bias)
 
     @with_fallback

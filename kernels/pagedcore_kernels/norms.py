@@ -21,24 +21,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedcore_kernels.dependent import can_depend, wait_for_predecessors
+
 MAX_COLUMNS = 65536
 """A row has to fit the registers of one program."""
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, x_stride, out_stride, num_columns, eps, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x,
+    weight,
+    out,
+    x_stride,
+    out_stride,
+    num_columns,
+    eps,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < num_columns
-    value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
     scale = tl.load(weight + column, inside, 0.0).to(tl.float32)
+    wait_for_predecessors(DEPENDENT)
+    value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
     normed = value * tl.rsqrt(tl.sum(value * value) / num_columns + eps) * scale
     tl.store(out + row * out_stride + column, normed, inside)
 
 
 @triton.jit
 def _add_rms_norm_kernel(
-    x, residual, weight, x_stride, residual_stride, num_columns, eps, BLOCK: tl.constexpr
+    x,
+    residual,
+    weight,
+    x_stride,
+    residual_stride,
+    num_columns,
+    eps,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -46,6 +67,7 @@ def _add_rms_norm_kernel(
     x += row * x_stride
     residual += row * residual_stride
     scale = tl.load(weight + column, inside, 0.0).to(tl.float32)
+    wait_for_predecessors(DEPENDENT)
     value = tl.load(x + column, inside, 0.0).to(tl.float32)
     value += tl.load(residual + column, inside, 0.0).to(tl.float32)
     total = value.to(residual.dtype.element_ty)
@@ -70,7 +92,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, num_warps: int | None = None
             columns,
             eps,
             BLOCK=block,
+            DEPENDENT=can_depend(x.device),
             num_warps=num_warps or _num_warps(block),
+            launch_pdl=can_depend(x.device),
         )
     return out
 
@@ -92,7 +116,9 @@ def add_rms_norm(
             columns,
             eps,
             BLOCK=block,
+            DEPENDENT=can_depend(x.device),
             num_warps=num_warps or _num_warps(block),
+            launch_pdl=can_depend(x.device),
         )
     return x, residual
 

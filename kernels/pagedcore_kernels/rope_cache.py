@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedcore.execution.ops import QKNorm, RopeTable
+from pagedcore_kernels.dependent import can_depend, wait_for_predecessors
 
 FP8_LIMIT = torch.finfo(torch.float8_e4m3fn).max
 
@@ -61,6 +62,7 @@ def _rope_cache_kernel(
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
     LIMIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -78,6 +80,7 @@ def _rope_cache_kernel(
     in_rest = rest_column < D
     half_mask = exists & in_half[None, :]
     rest_mask = exists & in_rest[None, :]
+    wait_for_predecessors(DEPENDENT)
     first = tl.load(source + first_column[None, :], half_mask, 0.0).to(tl.float32)
     second = tl.load(source + second_column[None, :], half_mask, 0.0).to(tl.float32)
     rest = tl.load(source + rest_column[None, :], rest_mask, 0.0).to(tl.float32)
@@ -169,5 +172,7 @@ def rope_and_cache(
         HALF_PAD=triton.next_power_of_2(max(rotated // 2, 1)),
         REST_PAD=triton.next_power_of_2(max(head_dim - rotated, 1)),
         LIMIT=FP8_LIMIT if key_cache.dtype == torch.float8_e4m3fn else 0.0,
+        DEPENDENT=can_depend(qkv.device),
         num_warps=num_warps,
+        launch_pdl=can_depend(qkv.device),
     )
