@@ -33,5 +33,7 @@ def test_the_page_states_the_version_of_the_spec(root):
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_has_a_docstring_and_some_test_uses_it(root, hook):
     assert len(inspect.getdoc(getattr(hookspecs, hook)) or "") > 80
-    tests = [path for path in (root / "tests").rglob("test_*.py") if path.name != "test_hook_docs.py"]
+    tests = [
+        path for path in (root / "tests").rglob("test_*.py") if path.name != "test_hook_docs.py"
+    ]
     assert any(hook in path.read_text(encoding="utf-8") for path in tests)
