@@ -1,7 +1,7 @@
-"""Small products and draws on one GPU: right first, then their times beside the library's.
+"""Small products, 8 bits and draws on one GPU: right first, then times beside the library's.
 
     python bench/linear_sampling.py --out bench/results/linear_sampling.json
-    python bench/linear_sampling.py --only linear --tune     # search plans, print the best of each
+    python bench/linear_sampling.py --only linear fp8 --tune    # search plans for each shape
     TRITON_INTERPRET=1 python bench/linear_sampling.py --dry-run    # on a CPU, with tiny shapes
 
 Runs without an installation. Weights rotate so that none is found in the L2 cache; each sample is
@@ -28,10 +28,18 @@ from torch.nn import functional
 
 from pagedcore.execution import torch_sampling
 from pagedcore.execution.ops import SamplingTensors
+from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
 from pagedcore_kernels.sampling import sample
 from pagedcore_kernels.small_linear import Scratch, linear
-from pagedcore_kernels.small_linear_plans import DotPlan, Plan, RowPlan, choose_plan
+from pagedcore_kernels.small_linear_plans import (
+    DotPlan,
+    Plan,
+    RowPlan,
+    choose_plan,
+    choose_scaled_plan,
+    default_plan,
+)
 
 COPY = 4.25e12
 """Bytes per second of a device-to-device copy on an H200."""
@@ -54,15 +62,19 @@ def weights_of(n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [(torch.randn(n, k, device=DEVICE) * 0.02).to(dtype) for _ in range(num)]
 
 
-def time_plan(x, weights, scratch, plan: Plan | None, *, dependent=False) -> float:
-    same = dict(scratch=scratch, plan=plan, dependent=dependent)
+def time_plan(x, weights, scratch, plan: Plan | None, *, dependent=False, scale=None) -> float:
+    same = dict(scratch=scratch, plan=plan, dependent=dependent, scale=scale)
     return time_calls([partial(linear, x, w, **same) for w in weights], budget_s=0.02).median
 
 
-def check_linear(x, weight, scratch, plan: Plan) -> float:
-    got = linear(x, weight, scratch=scratch, plan=plan).double()
-    want = x.double() @ weight.double().T
-    return float((got - want).norm() / want.norm())
+def check_linear(x, weight, scratch, plan: Plan, scale=None) -> float:
+    got = linear(x, weight, scratch=scratch, plan=plan, scale=scale)
+    wide = weight.double() if scale is None else weight.double() * scale.double()
+    return relative_error(got, x.double() @ wide.T)
+
+
+def relative_error(got, want) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def candidates(m: int) -> list[Plan]:
@@ -82,23 +94,24 @@ def candidates(m: int) -> list[Plan]:
     return plans
 
 
-def compile_plan(m: int, n: int, k: int, plan: Plan) -> None:
+def compile_plan(m: int, n: int, k: int, plan: Plan, dtype: torch.dtype) -> None:
     """In a process of its own: leaves the kernel in triton's cache on disk."""
     x = torch.zeros(m, k, device=DEVICE, dtype=torch.bfloat16)
-    weight = torch.zeros(n, k, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.zeros(n, k, device=DEVICE, dtype=dtype)
+    scale = torch.zeros(n, 1, device=DEVICE) if dtype.itemsize == 1 else None
     try:
-        linear(x, weight, scratch=Scratch(torch.device(DEVICE)), plan=plan)
+        linear(x, weight, scratch=Scratch(torch.device(DEVICE)), plan=plan, scale=scale)
     except Exception as error:
         print("does not compile:", plan, type(error).__name__, flush=True)
 
 
-def compile_all(shapes: list[tuple[int, int]], rows: list[int]) -> None:
+def compile_all(shapes: list[tuple[int, int]], rows: list[int], dtype=torch.bfloat16) -> None:
     works = {}
     for (n, k), m in product(shapes, rows):
         for plan in candidates(m):
             columns = plan.bk * (plan.unroll if isinstance(plan, RowPlan) else plan.slices)
             parts = 1 if isinstance(plan, RowPlan) else plan.parts
-            works[plan, max(m, 15), k % (columns * parts) == 0] = (m, n, k, plan)
+            works[plan, max(m, 15), k % (columns * parts) == 0] = (m, n, k, plan, dtype)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(14, mp_context=context) as pool:
         for done in [pool.submit(compile_plan, *work) for work in works.values()]:
@@ -134,12 +147,12 @@ def bench_linear(args, shapes: list[tuple[int, int]]) -> tuple[list[dict], bool]
     return figures, right
 
 
-def tune(x, weights, scratch, plans: list[Plan]) -> list[tuple[float, str, float]]:
+def tune(x, weights, scratch, plans: list[Plan], scale=None) -> list[tuple[float, str, float]]:
     tried = []
     for plan in plans:
         try:
-            error = check_linear(x, weights[0], scratch, plan)
-            tried.append((time_plan(x, weights, scratch, plan), repr(plan), error))
+            error = check_linear(x, weights[0], scratch, plan, scale)
+            tried.append((time_plan(x, weights, scratch, plan, scale=scale), repr(plan), error))
         except Exception as problem:  # too much shared memory, mostly
             print("    left out:", plan, type(problem).__name__, flush=True)
     return sorted(tried)
@@ -152,8 +165,87 @@ def show_linear(figure: dict) -> None:
     text += "" if figure["chosen"] else " not chosen"
     text += f" error {figure['error']:.1e}" if figure["error"] > 0.004 else ""
     print(text, flush=True)
+    show_tried(figure)
+
+
+def show_tried(figure: dict) -> None:
     for passed, plan, error in figure.get("tried", [])[:3]:
         print(f"    {passed:7.2f} us {plan} {f'WRONG {error:.1e}' if error > 0.01 else ''}")
+
+
+def bench_fp8(args, shapes: list[tuple[int, int]]) -> tuple[list[dict], bool]:
+    """16 bits of the library, 8 bits of our own (rows as they are), and of the library."""
+    ops, scratch = TritonOps(DEVICE), Scratch(torch.device(DEVICE))
+    if args.tune:
+        compile_all(shapes, [m for m in TUNED_ROWS if m > 1], torch.float8_e4m3fn)
+    figures, right = [], True
+    for n, k in shapes:
+        wide = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) * 0.02
+        packed = ops.quantize(wide)
+        scale = packed.scale
+        weights = [packed.values.clone() for _ in range(num_rotations(n * k, 64))]
+        plain = [wide.clone() for _ in range(num_rotations(n * k * 2, 64))]
+        for m in (1, 8, 16, 32, 64, 128, 256, 512, 4096, 8192):
+            x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
+            rows = ops.quantize(x)
+            figure = dict(m=m, n=n, k=k, floor=n * k / COPY * 1e6)
+            figure["16 bits"] = time_calls([partial(functional.linear, x, w) for w in plain]).median
+            plan = choose_scaled_plan(m, n, k) or default_plan(m)
+            if m <= 256:
+                figure["ours"] = time_plan(x, weights, scratch, plan, scale=scale)
+                figure["error"] = check_linear(x, packed.values, scratch, plan, scale)
+                right &= figure["error"] < 0.01
+            for name, fast in (("scaled", False), ("scaled, fast", True)):
+                calls = [partial(scaled_mm, rows, w, scale, fast) for w in weights]
+                figure[name] = time_calls(calls).median
+                want = dequantized(rows) @ dequantized(packed).T
+                figure[f"{name}: error"] = relative_error(calls[0](), want)
+                right &= figure[f"{name}: error"] < 0.01
+            figure["rounding"] = time_calls([partial(ops.quantize, x)]).median
+            if args.tune and m in TUNED_ROWS:
+                figure["tried"] = tune(x, weights, scratch, candidates(m), scale)
+            figures.append(figure)
+            shown = {key: round_(value) for key, value in figure.items() if key != "tried"}
+            print("fp8", " ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+            show_tried(figure)
+    return figures, right
+
+
+def dequantized(q) -> torch.Tensor:
+    return q.values.float() * q.scale
+
+
+def scaled_mm(rows, weight, scale, fast: bool) -> torch.Tensor:
+    return torch._scaled_mm(
+        rows.values,
+        weight.t(),
+        rows.scale,
+        scale.t(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=fast,
+    )
+
+
+def bench_fused() -> list[dict]:
+    """Rounding to 8 bits at the end of a kernel, and in one of its own."""
+    ops, figures = TritonOps(DEVICE), []
+    for rows, h, width in product((64, 256, 8192), (4096,), (14336,)):
+        x, residual = (torch.randn(rows, h, device=DEVICE, dtype=torch.bfloat16) for _ in "xr")
+        gate_up = torch.randn(rows, 2 * width, device=DEVICE, dtype=torch.bfloat16)
+        norm = torch.ones(h, device=DEVICE, dtype=torch.bfloat16)
+        figure = dict(rows=rows)
+        for name, call in {
+            "norm": lambda x=x, r=residual, w=norm: ops.add_rms_norm(x, r, w, 1e-5),
+            "norm in 8": lambda x=x, r=residual, w=norm: ops.add_rms_norm_quantized(x, r, w, 1e-5),
+            "silu": lambda g=gate_up: ops.silu_mul(g),
+            "silu in 8": lambda g=gate_up: ops.silu_mul_quantized(g),
+            "rounding h": lambda x=x: ops.quantize(x),
+            "rounding width": lambda g=gate_up, w=width: ops.quantize(g[:, :w]),
+        }.items():
+            figure[name] = time_calls([call]).median
+        figures.append(figure)
+        print("fused", " ".join(f"{k} {round_(v)}" for k, v in figure.items()), "us", flush=True)
+    return figures
 
 
 def bench_step(args) -> list[dict]:
@@ -268,7 +360,7 @@ def misplaced(tokens, logits, sampling) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any device")
-    parts = ["linear", "step", "sampling"]
+    parts = ["linear", "step", "fp8", "sampling"]
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
     parser.add_argument("--tune", action="store_true", help="try every plan for every shape")
     parser.add_argument("--rows", nargs="+", type=int, help="of the products")
@@ -287,6 +379,11 @@ def main() -> int:
         right &= fine
     if "step" in args.only and not args.dry_run:
         result["step"] = bench_step(args)
+    if "fp8" in args.only and not args.dry_run:
+        big = [(n, k) for n, k in shapes if n * k >= 2**24 and n < 100_000]
+        result["fp8"], fine = bench_fp8(args, big)
+        result["fused"] = bench_fused()
+        right &= fine
     if "sampling" in args.only:
         result["sampling"], fine = bench_sampling(args)
         right &= fine
