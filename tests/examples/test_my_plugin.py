@@ -56,12 +56,9 @@ print("same tokens")
 def environment(tmp_path_factory):
     """An environment in which the example is installed beside this workspace."""
     target = tmp_path_factory.mktemp("site")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--disable-pip-version-check", "--target", str(target), str(EXAMPLE)],
-        check=True,
-        timeout=120,
-    )
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--target", str(target)]
+    subprocess.run([*install, *options, str(EXAMPLE)], check=True, timeout=120)
     return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
 
 
