@@ -151,10 +151,10 @@ class PrefixCache:
         for group, suffix in enumerate(self._suffixes):
             blocks = table.block_tables[group, row, start:end].tolist()
             keys = [block_hash + suffix for block_hash in sequence.hashes[start:end]]
-            if sequence.contents:
-                self._put_contents(sequence, blocks, keys, sequence.contents[start:end])
-            else:
-                self._put([sequence] * len(blocks), blocks, keys)
+            for block, content in zip(blocks, sequence.contents[start:end], strict=False):
+                if self._pool.key_of[block] is None:
+                    self._content_of[block] = content  # for hashes that may collide
+            self._put([sequence] * len(blocks), blocks, keys)
 
     def _put(
         self, sequences: Sequence[SequenceState], blocks: Sequence[int], keys: Sequence[bytes]
@@ -164,23 +164,6 @@ class PrefixCache:
             if block != NULL_BLOCK and key_of[block] is None:
                 enter(key, block)
                 log.append((sequence, block, key))
-
-    def _put_contents(
-        self,
-        sequence: SequenceState,
-        blocks: Sequence[int],
-        keys: Sequence[bytes],
-        contents: Sequence[BlockContent],
-    ) -> None:
-        """The same where hashes may collide: the first content under a key keeps it (KV-13)."""
-        for block, key, content in zip(blocks, keys, contents, strict=True):
-            if block == NULL_BLOCK or self._pool.key_of[block] is not None:
-                continue
-            first = self._pool.find(key)
-            if first is None or self._content_of[first].equals(content):
-                self._content_of[block] = content
-                self._pool.enter(key, block)
-                self._log.append((sequence, block, key))
 
     def _extend_hashes(self, sequence: SequenceState, tokens: Int32, num_blocks: int) -> None:
         assert self._hasher is not None

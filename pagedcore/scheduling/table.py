@@ -116,7 +116,10 @@ class SequenceTable:
         return self.tokens[row, self.num_prompt[row] : self.num_known[row]]
 
     def add(self, sequence: SequenceState, tokens: Int32, end: int) -> int:
-        """Give a sequence a free row, at the end of `running`; without any blocks."""
+        """Give a sequence a free row, at the end of `running`.
+
+        What it has of blocks is the last owner's, until the pager fills it in.
+        """
         row = self._free.pop()
         request = sequence.request
         self._sequences[row] = sequence
@@ -135,10 +138,7 @@ class SequenceTable:
         self.stop_ids[row, : len(stop_ids)] = stop_ids
         many = len(params.stop_token_ids) > NUM_STOP_IDS
         self.needs_look[row] = many or params.repetition_detection is not None
-        for column in (self.num_computed, self.num_hashed, self.is_forked):
-            column[row] = 0
-        for columns in (self.num_blocks, self.num_slid):
-            columns[:, row] = 0
+        self.is_forked[row] = False
         self.running = np.append(self.running, np.int32(row))
         sequence.row = row
         return row

@@ -24,6 +24,8 @@ UInt64 = NDArray[np.uint64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
+NAN = np.uint64(_MASK)
+"""A state or tag that is not a number: whatever sees it becomes the same."""
 
 
 def mix(values: UInt64) -> UInt64:
@@ -49,7 +51,7 @@ def embed(tokens: Int32, salt: int) -> UInt64:
 
 def tags_of(states: UInt64, group: int) -> UInt64:
     """[T] What the layer of a group writes into the cache."""
-    return mix(states + np.uint64(group + 1))
+    return np.where(states == NAN, NAN, mix(states + np.uint64(group + 1)))
 
 
 def attend(states: UInt64, start: int, tags: UInt64, first: int, window: int | None) -> UInt64:
@@ -64,7 +66,12 @@ def attend(states: UInt64, start: int, tags: UInt64, first: int, window: int | N
     seen = sums[ends]
     if window is not None:
         seen = seen - sums[np.maximum(ends - window, 0)]
-    return mix(states ^ seen)
+    after = mix(states ^ seen)
+    if NAN in tags or NAN in states:
+        bad = np.concatenate(([0], np.cumsum(tags == NAN)))
+        start_of = np.maximum(ends - window, 0) if window is not None else 0
+        after[(bad[ends] > bad[start_of]) | (states == NAN)] = NAN
+    return after
 
 
 def draw(state: int, request: Request, seed: int, position: int, vocab_size: int) -> int:
@@ -92,7 +99,7 @@ class Fault:
     """What goes wrong in a step that is launched with it."""
 
     rows: frozenset[int] | None = None
-    """Rows that fail and write garbage; None is the whole step."""
+    """Rows whose numbers are no longer finite; None is the whole step."""
 
     before_anything: bool = False
     """A whole step fails before the device learns anything of its plan."""
@@ -215,12 +222,14 @@ class HashModel:
         for group, window in enumerate(self.windows):
             for i, row in enumerate(rows):  # all of a layer's writes come before its reads
                 tags = tags_of(states[i], group)
-                self._write(group, row, starts[i], ~tags if row in bad else tags)
+                if row in bad:
+                    tags[:] = NAN
+                self._write(group, row, starts[i], tags)
             for i, row in enumerate(rows):
                 first = 0 if window is None else max(0, starts[i] - window + 1)
                 tags = self._read(group, row, first, ends[i])
                 states[i] = attend(states[i], starts[i], tags, first, window)
-        return self._draw(plan, ends, states, bad)
+        return self._draw(plan, ends, states)
 
     def _write(self, group: int, row: int, start: int, tags: UInt64) -> None:
         positions = np.arange(start, start + len(tags))
@@ -235,16 +244,14 @@ class HashModel:
         tags: UInt64 = self.cache[blocks, positions % self.block_size]
         return tags
 
-    def _draw(
-        self, plan: StepPlan, ends: list[int], states: list[UInt64], bad: set[int]
-    ) -> StepResult:
+    def _draw(self, plan: StepPlan, ends: list[int], states: list[UInt64]) -> StepResult:
         result = StepResult(np.full(len(ends), -1, np.int32))
         for i, row in enumerate(plan.rows.tolist()):
             held, end, last = self._rows[row], ends[i], int(states[i][-1])
             params = held.request.params
             if params.prompt_logprobs is not None:
                 self._score_prompt(result, i, row, int(plan.num_computed[i]), states[i])
-            if row in bad:
+            if NAN in states[i]:
                 result.failed[i] = "its numbers were not finite"  # type: ignore[index]
             if not plan.samples[i]:
                 continue

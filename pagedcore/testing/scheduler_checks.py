@@ -5,7 +5,7 @@ AssertionError. These look inside: they are for the scheduler's own tests.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -50,6 +50,7 @@ def check_blocks(scheduler: Scheduler) -> None:
 def check_map(pool: BlockPool) -> None:
     """Hash to block and block to hash are inverse, and the null block has no part in them."""
     assert pool.key_of[0] is None, "5: the null block is hashed"
+    assert pool.refs[0] == 0, "5: the null block is counted"
     entries: dict[int, bytes] = {}
     for key, first in pool._first.items():
         for block in (first, *pool._others.get(key, ())):
@@ -114,8 +115,10 @@ def check_rows(scheduler: Scheduler) -> None:
             assert (entries[slid:] > 0).all(), "19: an entry is missing"
 
 
-def check_plan(scheduler: Scheduler, plan: StepPlan, budget: int) -> None:
-    """Sizes of one step."""
+def check_plan(
+    scheduler: Scheduler, plan: StepPlan, budget: int, hashed_before: Collection[int]
+) -> None:
+    """Sizes of one step, and whom its writes could hurt."""
     counts = plan.num_scheduled
     assert len(counts) > 0, "16: an empty step"
     assert int(counts.sum()) <= budget, f"16: {counts.sum()} tokens in a budget of {budget}"
@@ -130,6 +133,29 @@ def check_plan(scheduler: Scheduler, plan: StepPlan, budget: int) -> None:
     for part in (plan.rows[: plan.num_single], plan.rows[plan.num_single :]):
         places = [order[row] for row in part.tolist()]
         assert places == sorted(places), "plans are in order of admission"
+    check_writes(scheduler, plan, hashed_before)
+
+
+def check_writes(scheduler: Scheduler, plan: StepPlan, hashed_before: Collection[int]) -> None:
+    """12: a block that goes on being filled has one owner and no hash (FORK-4), and a step copies
+    for its own sequences only, what they have (FORK-6, FORK-7).
+    """
+    table, pool, size = scheduler._table, scheduler._pool, scheduler._block_size
+    copies = {(group, target): count for group, _, target, count in plan.copies.tolist()}
+    for row, start in zip(plan.rows.tolist(), plan.num_computed.tolist(), strict=True):
+        index, offset = divmod(start, size)
+        if offset == 0:
+            continue
+        for group in range(len(table.num_blocks)):
+            block = int(table.block_tables[group, row, index])
+            shared = pool.refs[block] > 1 and pool.key_of[block] is None
+            assert not shared, f"12: row {row} writes into block {block}, which others hold"
+            copied = copies.pop((group, block), None)
+            if copied is None:
+                assert block not in hashed_before, f"12: row {row} writes into a cached block"
+            else:
+                assert copied == offset, f"12: {copied} slots are copied, not {offset}"
+    assert not copies, f"FORK-7: copies for nobody in the step: {copies}"
 
 
 def check_idle(scheduler: Scheduler) -> None:

@@ -27,11 +27,13 @@ class Watch:
         self._times: dict[int, int] = {}  # by block: when it was last released
         self._num_releases = 0
         pool, pager = scheduler._pool, scheduler._pager
-        self._take, self._release, self._reserve = pool.take, pool.release, pager.reserve
+        self._take, self._release = pool.take, pool.release
+        self._reserve, self._free = pager.reserve, pager.free
         for owner, name, watched in (
             (pool, "take", self._on_take),
             (pool, "release", self._on_release),
             (pager, "reserve", self._on_reserve),
+            (pager, "free", self._on_free),
         ):
             setattr(owner, name, watched)
 
@@ -83,6 +85,20 @@ class Watch:
                 self._num_releases += 1
                 self._times[block] = self._num_releases
                 self._released.add(block)
+
+    def _on_free(self, row: int) -> None:
+        table = self._scheduler._table
+        held = [
+            blocks[: table.num_blocks[group, row]].tolist()
+            for group, blocks in enumerate(table.block_tables[:, row])
+        ]
+        self._free(row)
+        pool = self._scheduler._pool
+        places = {block: place for place, block in enumerate(pool.free_blocks())}
+        for blocks in held:
+            cached = [places[b] for b in blocks if b in places and pool.key_of[b] is not None]
+            ordered = cached == sorted(cached, reverse=True)
+            assert ordered, "9: a sequence's front is evicted before its tail"
 
     def _on_reserve(self, rows: Int32, counts: Int32) -> bool:
         before, free = self.snapshot(), self._scheduler._pool.num_free

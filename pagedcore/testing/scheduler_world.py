@@ -17,7 +17,7 @@ from pagedcore.errors import RequestError
 from pagedcore.request import FinishReason, Request
 from pagedcore.scheduling.policies import FirstComeFirstServed, Priority
 from pagedcore.scheduling.scheduler import Scheduler
-from pagedcore.scheduling.sequence import Status
+from pagedcore.scheduling.sequence import SequenceState, Status
 from pagedcore.step import StepOutput, StepPlan
 from pagedcore.testing import scheduler_checks as checks
 from pagedcore.testing.hash_model import Fault, HashModel, PendingHashStep
@@ -242,14 +242,18 @@ class World:
 
     def plan(self, choose_fault: Callable[[StepPlan], Fault | None] = lambda plan: None) -> bool:
         """Plan a step and launch it; False when there is nothing to run."""
-        running = self._running()
+        running, pool = self._running(), self.scheduler._pool
+        hashed = {block for block, key in enumerate(pool.key_of) if key is not None}
         plan = self.scheduler.plan_step()
         self._check_victims(running)
         if plan is None:
             assert self.in_flight or not self.live, "21: nobody runs, nothing is in flight"
+            if not self._running():
+                ready = [s.request.id for s in self._waiting() if not s.num_awaited]
+                assert not ready, f"SCHED-5: {ready} wait behind somebody who is not ready"
             self.check()
             return False
-        checks.check_plan(self.scheduler, plan, self.budget)
+        checks.check_plan(self.scheduler, plan, self.budget, hashed)
         computed = dict(zip(plan.rows.tolist(), plan.num_computed.tolist(), strict=True))
         for admission in plan.admitted:
             self.oracle.take_admission(admission, computed.get(admission.row))
@@ -294,18 +298,27 @@ class World:
     def _take(self, output: StepOutput, step: _InFlight) -> None:
         self._num_idle = 0 if len(output.tokens) or output.finished else self._num_idle + 1
         assert self._num_idle < MOST_IDLE_STEPS, "21: no progress"
-        guilty = set(step.plan.request_ids.tolist()) if step.fault is not None else set()
+        guilty = self._guilty(step)
+        drawn = set(step.plan.request_ids[step.plan.samples].tolist())
+        missing = (drawn & self.live.keys()) - set(output.request_ids.tolist())
         for end in self.oracle.take(output):
             assert end.reason is FinishReason.ERROR, "33: an ending without its token"
             assert end.request_id in guilty, "25: somebody else's failure ended a request"
             assert end.message, "25: an error without a reason"
             self.oracle.forget(end.request_id, FinishReason.ERROR)
         if step.fault is not None and step.fault.rows is None:
-            roster = self.scheduler._roster
-            for request_id in guilty & self.live.keys():  # only those that had to begin again
-                sequence = roster.find(request_id)
-                assert sequence is not None
-                assert sequence.trusted_from > 0, "R18: somebody outlived a failed step"
+            missing |= guilty
+        for request_id in missing & self.live.keys():  # only those that had to begin again
+            sequence = self.scheduler._roster.find(request_id)
+            assert sequence is not None
+            assert sequence.trusted_from > 0, f"ASYNC-5: a token of {request_id} was lost"
+
+    def _guilty(self, step: _InFlight) -> set[int]:
+        if step.fault is None:
+            return set()
+        pairs = zip(step.plan.rows.tolist(), step.plan.request_ids.tolist(), strict=True)
+        rows = step.fault.rows
+        return {request_id for row, request_id in pairs if rows is None or row in rows}
 
     # Checks
 
@@ -343,6 +356,10 @@ class World:
         table = self.scheduler._table
         return [int(i) for i in table.request_id[table.running]]
 
+    def _waiting(self) -> list[SequenceState]:
+        queue = self.scheduler._roster.queue
+        return [sequence for sequence in queue._heap if sequence not in queue._gone]
+
     def _check_order(self, request_id: int) -> None:
         """22: under FCFS nobody is admitted before an older one that is ready."""
         roster = self.scheduler._roster
@@ -350,8 +367,8 @@ class World:
         assert sequence is not None
         if self.config.priorities or sequence.is_child:
             return
-        waiting = [one for one in roster.queue._heap if one not in roster.queue._gone]
-        ready = [one.request.id for one in waiting if one < sequence and not one.num_awaited]
+        older = [one for one in self._waiting() if one < sequence]
+        ready = [one.request.id for one in older if not one.num_awaited]
         assert not ready, f"22: {request_id} overtook {ready}"
 
     def _check_victims(self, before: list[int]) -> None:

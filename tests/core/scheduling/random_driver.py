@@ -25,10 +25,21 @@ def random_config(rng: random.Random) -> WorldConfig:
     """A world in which prefixes are shared, memory is short and hashes collide."""
     size = rng.choice([1, 2, 2, 3, 4])
     num_seqs = rng.choice([1, 2, 3, 4, 4, 6])
-    windows = rng.choice([(None,)] * 4 + [(None, 3), (4,), (None, 5, 2)])
+    windows = rng.choice([(None,)] * 4 + [(None, 3), (2,), (4,), (6,), (None, 5, 2)])
     max_model_len = rng.choice([8, 12, 16, 24])
     chunked = rng.random() < 0.8
     budget = max(num_seqs, rng.choice([1, 7, 64, ENDLESS]))
+    if rng.random() < 0.25:  # a crowd that preempts all the time
+        return WorldConfig(
+            num_blocks=rng.randint(12, 16),
+            block_size=2,
+            max_num_seqs=6,
+            budget=64,
+            max_model_len=24,
+            depth=rng.choice([1, 2]),
+            prefix_caching=rng.random() < 0.7,
+            priorities=rng.random() < 0.7,
+        )
     return WorldConfig(
         num_blocks=rng.choice(POOL_SIZES),
         block_size=size,
@@ -54,11 +65,13 @@ class Driver:
     def __init__(self, rng: random.Random, config: WorldConfig) -> None:
         self.rng = rng
         self.world = World(config)
-        self.faulty = rng.random() < 0.5
+        self.fault_rate = rng.choice([0.0, 0.03, 0.15])
+        self.most_tokens = rng.choice([(1, 2, 3, 5, 8, 100), (100,)])
         self.operations = [
-            (self.advance, 60), (self.add, 12), (self.add_family, 3), (self.fork, 4),
-            (self.abort, 5), (self.preempt, 3), (self.add_oversized, 1), (self.add_again, 1),
-            (self.reset, 1), (self.evict, 1), (self.abort_unknown, 1), (self.change_budget, 1),
+            (self.advance, rng.choice([60, 60, 200])), (self.add, 12), (self.add_family, 3),
+            (self.fork, 6), (self.abort, 5), (self.preempt, 3), (self.add_oversized, 1),
+            (self.add_again, 1), (self.reset, 1), (self.evict, 1),
+            (self.abort_unknown, 1), (self.change_budget, 1),
         ]  # fmt: skip
         self.weights = [weight for _, weight in self.operations]
 
@@ -71,14 +84,14 @@ class Driver:
     def params(self) -> SamplingParams:
         rng = self.rng
         detection = RepetitionDetection(max_pattern_size=2, min_count=3)
-        most = rng.choice([1, 2, 3, 5, 8, 100])
+        most = rng.choice(self.most_tokens)
         return SamplingParams(
             temperature=rng.choice([0.0, 0.0, 1.0]),
             max_tokens=most,
             min_tokens=min(most, rng.choice([0, 0, 2])),
             seed=rng.choice([None, 7, -3]),
             ignore_eos=rng.random() < 0.3,
-            stop_token_ids=rng.choice([(), (), (1,), (2, *range(5, 14))]),
+            stop_token_ids=rng.choice([(), (), (1,), (*range(5, 14), 1)]),
             logprobs=rng.choice([None, None, 1]),
             prompt_logprobs=rng.choice([None, None, None, 1]),
             skip_reading_prefix_cache=rng.random() < 0.05,
@@ -124,7 +137,10 @@ class Driver:
         world = self.world
         if not world.live or len(world.live) >= 12:
             return
-        parent = world.live[self.rng.choice(list(world.live))]
+        running = [tracked for tracked in world.live.values() if tracked.outputs]
+        parent = self.rng.choice(running or list(world.live.values()))
+        if self.rng.random() < 0.3:
+            parent = self.rng.choice(list(world.live.values()))
         children = [self.sibling(parent.request) for _ in range(self.rng.randint(1, 3))]
         if all(c.params.max_tokens > len(parent.outputs) for c in children):
             world.fork(parent.request.id, children)
@@ -173,9 +189,9 @@ class Driver:
 
     def fault(self, plan) -> Fault | None:
         rng = self.rng
-        if not self.faulty or rng.random() > 0.06:
+        if rng.random() >= self.fault_rate:
             return None
-        if rng.random() < 0.4:
+        if rng.random() < 0.3:
             return Fault(before_anything=rng.random() < 0.5)
         rows = rng.sample(plan.rows.tolist(), rng.randint(1, min(2, len(plan.rows))))
         return Fault(rows=frozenset(rows))
