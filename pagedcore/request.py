@@ -1,5 +1,6 @@
 """What a caller asks for, and the request that carries it through the engine. No tensors here."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,6 +12,8 @@ from pagedcore.errors import RequestError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (semantics SAMPLE-3)."""
@@ -177,6 +180,7 @@ class SamplingParams:
         _check_numbers(self)
         _check_words(self)
         if GREEDY_BELOW <= self.temperature < 0.01:
+            logger.warning("temperature %g is raised to 0.01; 0 is greedy", self.temperature)
             object.__setattr__(self, "temperature", 0.01)
         if self.is_greedy:
             for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
