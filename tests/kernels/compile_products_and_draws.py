@@ -1,0 +1,71 @@
+"""As `compile_for_gpus.py`, for the kernels that multiply few rows, round to 8 bits, and draw.
+
+python compile_products_and_draws.py 90
+"""
+
+import sys
+
+import torch
+import triton
+from compile_for_gpus import AbsentGpu, compile_only
+from triton.runtime.jit import JITFunction
+
+from pagedcore.execution.ops import SamplingTensors
+from pagedcore_kernels import fp8
+from pagedcore_kernels.sampling import sample
+from pagedcore_kernels.small_linear import Scratch, linear
+from pagedcore_kernels.small_linear_plans import DotPlan
+
+
+def parameters(num, *, greedy, filtered):
+    floats = [torch.ones(num) for _ in range(4)]
+    return SamplingTensors(
+        temperature=floats[0],
+        min_p=floats[1],
+        top_k=torch.zeros(num, dtype=torch.int32),
+        top_p=floats[2],
+        uniform=floats[3],
+        all_greedy=greedy,
+        any_filter=filtered,
+    )
+
+
+def sampling(*, is_hopper):
+    cases = [(torch.bfloat16, 151936), (torch.float32, 50257), (torch.float16, 1)]
+    for dtype, vocab_size in cases if is_hopper else cases[:1]:  # the types make no difference
+        logits = torch.empty(2, vocab_size, dtype=dtype)
+        for greedy, filtered in ((True, False), (False, False), (False, True)):
+            sample(logits, parameters(2, greedy=greedy, filtered=filtered))
+
+
+def products(*, is_hopper):
+    scratch = Scratch(torch.device("cpu"))
+    for rows in (1, 8, 64, 300):
+        dependent = is_hopper and rows < 64
+        x = torch.empty(rows, 4096, dtype=torch.bfloat16)
+        bias = torch.empty(6144, dtype=torch.bfloat16)
+        linear(x, x.new_empty(6144, 4096), bias, dependent=dependent)
+        for groups in (1, 32) if is_hopper else ():
+            narrow = torch.empty(6144, 4096, dtype=torch.float8_e4m3fn)
+            linear(x, narrow, scale=torch.empty(6144, groups), dependent=dependent)
+    x = torch.empty(16, 2048, dtype=torch.float16)
+    linear(x, x.new_empty(1024, 2048), None, scratch, plan=DotPlan(16, 64, 4, 4, 4, 3))
+    linear(x[:, :1000], x.new_empty(1024, 1000), None, scratch, plan=DotPlan(8, 128, 1, 2, 4, 3))
+
+
+def rounding():
+    for dtype, width in ((torch.bfloat16, 4096), (torch.float16, 1000), (torch.float32, 14336)):
+        x = torch.empty(3, width, dtype=dtype)
+        fp8.quantize(x)
+        fp8.add_rms_norm(x, x.clone(), x.new_empty(width), 1e-5)
+        fp8.silu_mul(x.new_empty(3, 2 * width))
+
+
+if __name__ == "__main__":
+    capability = int(sys.argv[1])
+    triton.runtime.driver.set_active(AbsentGpu(capability))
+    JITFunction.__getitem__ = compile_only
+    sampling(is_hopper=capability >= 90)
+    products(is_hopper=capability >= 90)
+    if capability >= 90:  # 8 bits came with 8.9
+        rounding()
