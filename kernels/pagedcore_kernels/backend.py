@@ -28,6 +28,7 @@ from pagedcore_kernels import activation, block_copy, decode_rows, norms, rope_c
 from pagedcore_kernels import moe as experts
 from pagedcore_kernels import sampling as draws
 from pagedcore_kernels.decode_attention import DecodeConfig, choose_decode, decode_attention
+from pagedcore_kernels.dependent import can_depend
 from pagedcore_kernels.extend_attention import extend_attention
 from pagedcore_kernels.extend_plan import build_tile_list, choose_extend, num_parts
 from pagedcore_kernels.fallback import PlainOps, with_fallback
@@ -163,7 +164,13 @@ class TritonOps(LinearOps):
             )
         if num_single < len(batch.rows):
             group = num_heads // spec.num_kv_heads
-            extend = choose_extend(spec.head_dim, qkv.dtype, group, self._shared_memory)
+            extend = choose_extend(
+                spec.head_dim,
+                qkv.dtype,
+                group,
+                self._shared_memory,
+                can_describe=can_depend(self.device) and cache.key.dtype == qkv.dtype,
+            )
             extend_attention(
                 qkv,
                 num_heads,

@@ -51,9 +51,22 @@ _EXACT = ((32, 32, 4, 1), (16, 16, 4, 1))  # float32 has no use for tensor cores
 
 @cache
 def choose_extend(
-    head_dim: int, dtype: torch.dtype, group: int, shared_memory: int
+    head_dim: int,
+    dtype: torch.dtype,
+    group: int,
+    shared_memory: int,
+    *,
+    can_describe: bool = False,
 ) -> ExtendConfig:
-    """The best that fits `shared_memory` bytes per program, for `group` heads that share keys."""
+    """The best that fits `shared_memory` bytes per program, for `group` heads that share keys.
+
+    `can_describe` says that tiles can be loaded through tensor descriptors: where they can, these
+    are the settings that were fastest on an H200 (`bench/kernels.py --tune extend`).
+    """
+    if can_describe and dtype != torch.float32 and head_dim in (64, 128) and group <= 32:
+        if group <= 2:
+            return ExtendConfig(64, 64, 4, 3, None, descriptors=True)
+        return ExtendConfig(128, 64, 8, 2, 128, descriptors=True)
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
     if dtype == torch.float32:
         shared_memory = min(shared_memory, 1 << 16)  # larger tiles spill, and compile for minutes

@@ -125,7 +125,7 @@ class Executor:
         self._graphs: DecodeGraphs | None = None
         self._extend_graphs: ExtendGraphs | None = None
         if self.overlaps and ops.supports_graphs and not config.execution.enforce_eager:
-            recorder = GraphRecorder(device)
+            recorder = GraphRecorder(ops, device)
             self._graphs = DecodeGraphs(
                 self._decode,
                 ops,
@@ -215,6 +215,9 @@ class Executor:
     def _replay(self, plan: StepPlan) -> Tensor | None:
         """Run the step as a graph, where it is of that kind and its graph is there."""
         if self._graphs is None or self._extend_graphs is None:
+            return None
+        if not self._ops.supports_graphs:  # a kernel has fallen back to what cannot be captured
+            self._graphs = self._extend_graphs = None
             return None
         kind = self._draw_kind(plan.rows) if plan.samples.all() else None
         if kind is not None and plan.num_single == len(plan.rows):

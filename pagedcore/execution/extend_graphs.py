@@ -69,6 +69,8 @@ class ExtendGraphs:
             if self._uses[key] < 2:
                 return None
             graph = self._capture(key)
+            if graph is None:
+                return None
         packed = pack(plan, np.arange(num_seqs))
         padded = pad(packed, key[0], MAX_SEQS, self._state.padding_row)
         self._values[: len(padded.values)].copy_(upload(padded.values, self._values.device))
@@ -84,7 +86,7 @@ class ExtendGraphs:
                 return True
         return False
 
-    def _capture(self, key: tuple[int, DrawKind]) -> torch.cuda.CUDAGraph:
+    def _capture(self, key: tuple[int, DrawKind]) -> torch.cuda.CUDAGraph | None:
         size, kind = key
         empty = np.zeros(0, np.int32)
         nothing = pack(
@@ -93,7 +95,8 @@ class ExtendGraphs:
         padded = pad(nothing, size, MAX_SEQS, self._state.padding_row)
         self._values[: len(padded.values)].copy_(upload(padded.values, self._values.device))
         graph = self._recorder.record(lambda: self._run_once(padded.sizes, kind))
-        self._graphs[key] = graph
+        if graph is not None:
+            self._graphs[key] = graph
         return graph
 
     def _run_once(self, sizes: list[int], kind: DrawKind) -> None:

@@ -65,16 +65,23 @@ class ExtendStep(Protocol):
 class GraphRecorder:
     """Captures graphs. Those of one recorder share memory, since they run one after another."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, ops: Ops, device: torch.device) -> None:
+        self._ops = ops
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Run once, which compiles and sets up what must not happen in a capture, and capture."""
+    def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """Run once, which compiles and sets up what must not happen in a capture, and capture.
+
+        None when an operation turns out to have no kernel here, and what stands in for it reads on
+        the host.
+        """
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()
+            if not self._ops.supports_graphs:
+                return None
             # torch.cuda.graph() would collect garbage and empty the allocator's cache each time
             graph.capture_begin(pool=self._pool)
             try:
@@ -133,6 +140,8 @@ class DecodeGraphs:
                 self._last = None
                 return None
             graph = self._capture(key)
+            if graph is None:
+                return None
         if self._last is not plan.rows:
             self._write(plan.rows, plan.num_computed)
         graph.replay()
@@ -162,13 +171,15 @@ class DecodeGraphs:
         self._positions[:filled].copy_(uploaded[1])
         self._last, self._num_filled = rows, num_seqs
 
-    def _capture(self, key: tuple[int, DrawKind]) -> torch.cuda.CUDAGraph:
+    def _capture(self, key: tuple[int, DrawKind]) -> torch.cuda.CUDAGraph | None:
         size, kind = key
         self._last = None
         self._rows.fill_(self._state.padding_row)
         self._positions.zero_()
         self._num_filled = 0
         graph = self._recorder.record(lambda: self._run_once(size, kind))
+        if graph is None:
+            return None
         self._graphs[key] = graph
         logger.debug("captured a decode graph for %d sequences (%s)", size, kind.value)
         return graph

@@ -1,4 +1,4 @@
-"""`pagedcore serve --server pytriton` as a process: its start, its end, and its ends by accident."""
+"""`pagedcore serve --server pytriton` as a process: its start, its end, its ends by accident."""
 
 import http.client
 import json
