@@ -87,7 +87,9 @@ class LinearOps:
         if isinstance(x, Tensor):
             if not self.wants_quantized(len(x), weight, scale, x.dtype):
                 x = x if x.stride(1) == 1 else x.contiguous()
-                return small_linear.linear(x, weight, bias, self._scratch, scale=scale)
+                return small_linear.linear(
+                    x, weight, bias, self._scratch, scale=scale, dependent=can_depend(x.device)
+                )
             x = self.quantize(x)
         return torch._scaled_mm(
             x.values,
