@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -147,6 +148,8 @@ class Running:
     process: subprocess.Popen
     log: Path
     options: dict = field(default_factory=dict)
+    document: dict | None = None
+    """What /openapi.json says, once it was asked for."""
 
     @property
     def url(self):
@@ -163,7 +166,29 @@ class Running:
             connection.request(method, path, body, headers)
             response = connection.getresponse()
             fields = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, fields, response.read())
+            answer = Answer(response.status, fields, response.read())
+        if path != "/openapi.json" and method in ("GET", "POST", "DELETE"):
+            self.check_declared(method, path.partition("?")[0], answer)
+        return answer
+
+    def check_declared(self, method, path, answer):
+        """What is answered is what /openapi.json says."""
+        if self.document is None:
+            keys = self.options.get("api_key", ["none"])
+            found = self.get("/openapi.json", authorization=f"Bearer {keys[0]}")
+            if found.status == 401:  # its keys are elsewhere
+                return
+            self.document = found.json
+        paths = self.document["paths"]
+        known = max((known for known in paths if matches(known, path)), key=len, default=None)
+        declared = paths.get(known, {})
+        if method.lower() not in declared:
+            assert answer.status in ((401, 405) if declared else (401, 404))
+            return
+        responses = declared[method.lower()]["responses"]
+        assert str(answer.status) in responses, f"{method} {path}: {answer.status}"
+        kinds = responses[str(answer.status)].get("content", {})
+        assert answer.headers.get("content-type", "").partition(";")[0] in (kinds or ("",))
 
     def get(self, path, **headers):
         return self.request("GET", path, headers=headers)
@@ -222,6 +247,11 @@ class Running:
         """Signal the server, and return its exit status."""
         self.process.send_signal(number)
         return self.process.wait(timeout_s)
+
+
+def matches(known, path):
+    """Whether a path of the document, such as /v1/models/{name}, is that of a request."""
+    return re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(known)), path) is not None
 
 
 def read_all(link):

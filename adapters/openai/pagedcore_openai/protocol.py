@@ -2,9 +2,44 @@
 they are used. Types are strict: "1" and true are no numbers. An absent field and null are the same.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+
+Refused = SkipJsonSchema[Any]
+"""A field that is known and not built: every value but null is refused."""
+
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT = {
+    "anyOf": [
+        _TEXT,
+        _IDS,
+        {"type": "array", "items": _TEXT, "minItems": 1},
+        {"type": "array", "items": _IDS, "minItems": 1},
+    ]
+}
+_MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role"],
+        "properties": {"role": {"type": "string"}, "content": {}},
+    },
+}
+_FORMAT = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {"type": {"const": "text"}},
+}
+
+Prompt = Annotated[Any, WithJsonSchema(_PROMPT)]
+Messages = Annotated[Any, WithJsonSchema(_MESSAGES)]
+Format = Annotated[Any, WithJsonSchema(_FORMAT)]
+Input = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _MESSAGES]})]
+TextFormat = Annotated[Any, WithJsonSchema({"type": "object", "properties": {"format": _FORMAT}})]
 
 
 class Fields(BaseModel):
@@ -88,23 +123,23 @@ class GenerationRequest(Fields):
     repetition_detection: RepetitionDetectionFields | None = None
 
     # Known, but nothing here can do them yet: see `prepare.refuse_unsupported`.
-    response_format: Any = None
-    structured_outputs: Any = None
-    thinking_token_budget: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json_object: Any = None
-    guided_whitespace_pattern: Any = None
-    use_beam_search: Any = None
+    response_format: Format = None
+    structured_outputs: Refused = None
+    thinking_token_budget: Refused = None
+    guided_json: Refused = None
+    guided_regex: Refused = None
+    guided_choice: Refused = None
+    guided_grammar: Refused = None
+    guided_json_object: Refused = None
+    guided_whitespace_pattern: Refused = None
+    use_beam_search: Annotated[Any, WithJsonSchema({"const": False})] = None
     best_of: int | None = None
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Any = None
+    prompt: Prompt = None
     suffix: str | None = None
     logprobs: int | None = None
 
@@ -112,7 +147,7 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: Any = None
+    messages: Messages = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
@@ -131,7 +166,7 @@ class TokenizeRequest(Fields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Any = None
+    messages: Messages = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -164,7 +199,7 @@ class ResponseRequest(Fields):
     """See `Fields`."""
 
     model: str | None = None
-    input: Any = None
+    input: Input = None
     instructions: str | None = None
     previous_response_id: str | None = None
     stream: bool | None = None
@@ -179,10 +214,10 @@ class ResponseRequest(Fields):
     cache_salt: str | None = None
 
     # Known, but nothing here can do them: see `response_input.check_response`.
-    text: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    include: Any = None
-    top_logprobs: Any = None
-    conversation: Any = None
-    prompt: Any = None
+    text: TextFormat = None
+    tools: Refused = None
+    tool_choice: Refused = None
+    include: Refused = None
+    top_logprobs: Refused = None
+    conversation: Refused = None
+    prompt: Refused = None
