@@ -133,6 +133,7 @@ class Job:
         """Choices that have not ended."""
         self._seen = [(0, 0)] * params.n
         self._num_live_seen = params.n
+        self._num_prompt_seen = 0
 
     def add_prompt_logprobs(self, entries: Sequence[TokenLogprobs]) -> None:
         """Take the next piece of the prompt's log-probabilities."""
@@ -166,8 +167,7 @@ class Job:
         self._seen = [(len(c.output.text), len(c.output.token_ids)) for c in self.choices]
         self._num_live_seen = self.num_live
         of_prompt = self.output.prompt_logprobs
-        return replace(
-            self.output,
-            outputs=copies,
-            prompt_logprobs=None if of_prompt is None else list(of_prompt),
-        )
+        if of_prompt is not None:
+            seen, self._num_prompt_seen = self._num_prompt_seen, len(of_prompt)
+            of_prompt = of_prompt[seen * delta :]
+        return replace(self.output, outputs=copies, prompt_logprobs=of_prompt)
