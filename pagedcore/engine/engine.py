@@ -185,9 +185,11 @@ class Engine:
             result = step.pending.result()
         except Exception as error:
             logger.exception("a step failed")
-            return self._scheduler.fail_step(step.plan, f"{type(error).__name__}: {error}")
-        arrived = time.perf_counter()
-        output = self._scheduler.finish_step(step.plan, result)
+            arrived = time.perf_counter()
+            output = self._scheduler.fail_step(step.plan, f"{type(error).__name__}: {error}")
+        else:
+            arrived = time.perf_counter()
+            output = self._scheduler.finish_step(step.plan, result)
         if self._observers:
             self._observe(step, output, arrived - started, time.perf_counter() - arrived)
         return output
