@@ -360,5 +360,8 @@ class Request:
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache at the first admission (USAGE-3)."""
 
+    first_scheduled_time: float = 0.0
+    """When the first admission was, on the engine's monotonic clock (METRIC-6)."""
+
     num_preemptions: int = 0
     """Times its blocks were taken away."""

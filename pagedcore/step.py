@@ -143,3 +143,6 @@ class StepOutput:
 
     num_cached_tokens: dict[int, int] = field(default_factory=dict)
     """By request id: prompt tokens found in the cache, told once, with the first output."""
+
+    queue_seconds: dict[int, float] = field(default_factory=dict)
+    """By request id: from arrival to the first admission, told with `num_cached_tokens`."""

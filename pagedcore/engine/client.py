@@ -207,6 +207,9 @@ class EngineClient:
         for i, count in step.num_cached_tokens.items():
             if i in choices:
                 choices[i].chunk.num_cached_tokens = count
+        for i, seconds in step.queue_seconds.items():
+            if i in choices:
+                choices[i].chunk.queue_seconds = seconds
         for i, entries in step.prompt_logprobs.items():
             if i in choices:
                 choices[i].add_prompt_logprobs(entries)

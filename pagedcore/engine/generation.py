@@ -44,6 +44,9 @@ class Chunk:
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache, in the first chunk of the choice that knows."""
 
+    queue_seconds: float | None = None
+    """How long the prompt waited to be scheduled first, in the same chunk."""
+
 
 class Choice:
     """One of n sequences: what has arrived and was not read yet."""

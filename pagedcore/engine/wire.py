@@ -20,7 +20,7 @@ from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
 from pagedcore.request import SamplingParams
 from pagedcore.step import Finished, Int64, StepOutput, TokenLogprobs
 
-VERSION = 1
+VERSION = 2
 """Raised with every change of a message; the two ends must agree."""
 
 MAX_REQUEST_BYTES = 64 << 20
@@ -126,6 +126,7 @@ class Outputs(Struct, tag="outputs", array_like=True, frozen=True):
     logprobs: dict[int, PackedLogprobs] = {}
     prompt_logprobs: dict[int, list[PackedLogprobs]] = {}
     num_cached_tokens: dict[int, int] = {}
+    queue_seconds: dict[int, float] = {}
 
 
 class Reply(Struct, tag="reply", array_like=True, frozen=True):
@@ -218,13 +219,13 @@ def split_by_connection(output: StepOutput) -> dict[int, Outputs]:
     parts = {}
     for connection, indices in _group(output.request_ids >> _ID_BITS):
         parts[connection] = Outputs(
-            ids[indices].tobytes(), output.tokens[indices].tobytes(), [], {}, {}, {}
+            ids[indices].tobytes(), output.tokens[indices].tobytes(), [], {}, {}, {}, {}
         )
 
     def part_of(request_id: int) -> tuple[Outputs, int]:
         connection, client_id = divmod(request_id, 1 << _ID_BITS)
         if connection not in parts:
-            parts[connection] = Outputs(b"", b"", [], {}, {}, {})
+            parts[connection] = Outputs(b"", b"", [], {}, {}, {}, {})
         return parts[connection], client_id
 
     for end in output.finished:
@@ -239,6 +240,9 @@ def split_by_connection(output: StepOutput) -> dict[int, Outputs]:
     for request_id, count in output.num_cached_tokens.items():
         part, client_id = part_of(request_id)
         part.num_cached_tokens[client_id] = count
+    for request_id, seconds in output.queue_seconds.items():
+        part, client_id = part_of(request_id)
+        part.queue_seconds[client_id] = seconds
     return parts
 
 

@@ -141,7 +141,10 @@ class Collector:
         told = [sequence for sequence in untold if self._roster.num_outputs(sequence) > 0]
         for sequence in told:
             untold.remove(sequence)
-            output.num_cached_tokens[sequence.request.id] = sequence.request.num_cached_tokens
+            request = sequence.request
+            output.num_cached_tokens[request.id] = request.num_cached_tokens
+            waited = request.first_scheduled_time - request.arrival_time
+            output.queue_seconds[request.id] = max(0.0, waited)
 
     def _add_logprobs(
         self, step: StepInFlight, result: StepResult, produced: Bool | None, output: StepOutput

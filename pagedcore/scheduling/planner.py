@@ -6,6 +6,7 @@ Running rows come first, oldest first, and preempt each other when blocks run ou
 preempts anybody.
 """
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -246,6 +247,7 @@ class Planner:
             self.num_cache_queries += length
             self.num_cache_hits += cached
         sequence.request.num_cached_tokens = cached
+        sequence.request.first_scheduled_time = time.monotonic()
         self._roster.untold.add(sequence)
         self.num_prompt_tokens += length
         self.num_prompt_tokens_cached += cached

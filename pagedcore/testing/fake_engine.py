@@ -6,6 +6,7 @@ with thousands of requests. What it produces depends on the request alone, never
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -248,6 +249,7 @@ class FakeEngine:
             whole_blocks = (len(prompt) - 1) // self.info.block_size * self.info.block_size
             seen = prompt.tobytes() in self._seen_prompts
             output.num_cached_tokens[request_id] = whole_blocks if seen else 0
+            output.queue_seconds[request_id] = max(0.0, time.monotonic() - request.arrival_time)
             self._seen_prompts.add(prompt.tobytes())
             if request.params.prompt_logprobs is not None:
                 output.prompt_logprobs[request_id] = [

@@ -115,6 +115,8 @@ def test_sequences_and_prompts_are_counted_and_probes_and_refusals_are_not(start
     assert value(found, "request_generation_tokens", "_sum") == 16
     assert value(found, "time_to_first_token_seconds", "_count") == 4
     assert value(found, "e2e_request_latency_seconds", "_count") == 4
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert value(found, f"request_{name}_time_seconds", "_count") == 4
     assert value(found, "request_params_n", "_sum") == 4
     assert value(found, "request_params_n", "_count") == 2
     assert value(found, "request_max_num_generation_tokens", "_count") == 2

@@ -190,6 +190,8 @@ class Answer:
         if self._deadline is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_at(self._deadline, self._expire)
+        for timing in self._timings:
+            timing.sent()
         try:
             await asyncio.gather(*(generation.admitted() for generation in self._generations))
         except BaseException:
@@ -211,6 +213,8 @@ class Answer:
                 pending, num_tokens = choice.take(chunk)
                 self.usage.completion_tokens += num_tokens
                 timing = self._timings[prompt]
+                if chunk.queue_seconds is not None and chunk.index == 0:
+                    timing.scheduled(chunk.queue_seconds)
                 if num_tokens:
                     timing.took(chunk.index, num_tokens, now())
                 if chunk.num_cached_tokens is not None and chunk.index == 0:

@@ -24,6 +24,18 @@ class RequestTiming:
         self._last: dict[int, float] = {}
         self._counts = [0] * params.n
         self._num_ended = 0
+        self._sent = arrival
+        self._scheduled: float | None = None
+
+    def sent(self) -> None:
+        """The engine is being asked."""
+        self._sent = now()
+
+    def scheduled(self, queue_seconds: float) -> None:
+        """The engine tells how long the prompt waited there."""
+        self._scheduled = self._sent + queue_seconds
+        for _ in range(self._params.n):
+            self._slot.observe("request_queue_time_seconds", queue_seconds)
 
     def took(self, choice: int, num_tokens: int, at: float) -> None:
         """Some tokens of a choice have come, at `at`."""
@@ -48,6 +60,10 @@ class RequestTiming:
             decoding = self._last[choice] - self._first[choice]
             observe("e2e_request_latency_seconds", self._last[choice] - self._arrival)
             observe("request_decode_time_seconds", decoding)
+            if self._scheduled is not None:
+                until_first = max(0.0, self._first[choice] - self._scheduled)
+                observe("request_prefill_time_seconds", until_first)
+                observe("request_inference_time_seconds", until_first + decoding)
             if count > 1:
                 observe("request_time_per_output_token_seconds", decoding / (count - 1))
         self._num_ended += 1

@@ -63,6 +63,7 @@ def test_bounds_rise_and_no_name_is_there_twice():
 def test_times_are_those_between_tokens():  # METRIC-6
     counters = Counters()
     timing = RequestTiming(counters.slot(), SamplingParams(max_tokens=9), 7, arrival=10.0)
+    timing.scheduled(queue_seconds=0.25)
     timing.took(0, 1, 10.5)
     timing.took(0, 2, 10.75)  # two tokens that came together are one observation
     timing.took(0, 1, 11.5)
@@ -75,6 +76,9 @@ def test_times_are_those_between_tokens():  # METRIC-6
     assert found["e2e_request_latency_seconds"][1] == 1.5
     assert found["request_decode_time_seconds"][1] == 1.0
     assert found["request_time_per_output_token_seconds"][1] == pytest.approx(1 / 3)
+    assert found["request_queue_time_seconds"][1] == 0.25
+    assert found["request_prefill_time_seconds"][1] == 0.25
+    assert found["request_inference_time_seconds"][1] == 1.25
     assert found["request_prefill_kv_computed_tokens"][1] == 3
     assert found["request_params_max_tokens"][1] == 9
 
