@@ -16,11 +16,15 @@ def load_plugins(disabled: Iterable[str] = ()) -> pluggy.PluginManager:
     """Return a manager holding every installed plugin but the `disabled` ones.
 
     Raises PluginError, naming plugin, distribution and remedy, for one that fails to load, answers
-    a hook that does not exist, or asks for another version of the hook spec.
+    a hook that does not exist, or asks for another version of the hook spec; and UnknownNameError
+    for a name to disable that no plugin has.
     """
     manager = register({})
     blocked = set(disabled)
-    for entry_point in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+    installed = sorted(entry_points(group=GROUP), key=lambda e: e.name)
+    for name in sorted(blocked - {entry_point.name for entry_point in installed}):
+        raise UnknownNameError("plugin", name, {entry_point.name for entry_point in installed})
+    for entry_point in installed:
         if entry_point.name in blocked:
             continue
         dist = entry_point.dist.name if entry_point.dist else "unknown"

@@ -34,6 +34,11 @@ def test_a_disabled_plugin_is_not_loaded():
     assert "models" in names
 
 
+def test_a_plugin_that_is_not_there_cannot_be_disabled():
+    with pytest.raises(UnknownNameError, match="no plugin is named 'quantisation': did you mean"):
+        load_plugins(["quantisation"])
+
+
 def test_what_plugins_offer_is_merged():
     manager = register({"a": quantizers("int8"), "b": quantizers("fp8", "awq")})
     assert set(collect(manager, "pagedcore_quantizers")) == {"int8", "fp8", "awq"}

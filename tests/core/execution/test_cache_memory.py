@@ -50,6 +50,12 @@ def test_weights_that_do_not_fit_are_refused_with_both_numbers():
         memory.check_weights_fit(6 * GIB, 5 * GIB)
 
 
+def test_a_cache_that_does_not_fit_is_refused_with_both_sizes():
+    memory.check_cache_fits(5 * GIB, 5 * GIB)
+    with pytest.raises(ConfigError, match=r"6\.00 GiB was asked for and 5\.00 GiB"):
+        memory.check_cache_fits(6 * GIB, 5 * GIB)
+
+
 def test_explicit_amounts_replace_what_memory_would_give():
     """MEM-7"""
     block = 2**20
