@@ -32,11 +32,13 @@ class Front:
     def __init__(self, app: ASGIApp, spec: "PagedSpec") -> None:
         """Called in the API server, when its app is first used."""
         from pagedcore_openai.app import build_app  # while the model loads elsewhere
+        from pagedcore_openai.response_store import ResponseStore
 
         self._app = app
         self._spec = spec
         self._prefix = spec.api_path.rstrip("/")
         plan = spec.plan
+        responses = ResponseStore()
         self._surface_apps = [
             build_app(
                 EngineClient(plan.address(worker_id)),
@@ -44,6 +46,7 @@ class Front:
                 plan.server,
                 counters=counters,
                 slot=_own_number(),
+                responses=responses,
             )
             for worker_id, counters in enumerate(spec.counters)
         ]

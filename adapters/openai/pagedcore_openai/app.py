@@ -22,6 +22,7 @@ from pagedcore_openai.gate import Gate
 from pagedcore_openai.intake import Intake
 from pagedcore_openai.openapi import describe, document
 from pagedcore_openai.probes import Probes
+from pagedcore_openai.response_store import ResponseStore
 from pagedcore_openai.responses import Responses
 from pagedcore_openai.surface import Surface
 from pagedcore_openai.unbuilt import add_unbuilt
@@ -44,11 +45,13 @@ def build_app(
     *,
     counters: Counters | None = None,
     slot: int = 0,
+    responses: ResponseStore | None = None,
 ) -> FastAPI:
     """The surface of the engine that `client` reaches, for one event loop.
 
     Where several processes serve one engine, `counters` is made before they are forked, and each
-    has its own `slot` in it: /metrics then tells of all of them.
+    has its own `slot` in it: /metrics then tells of all of them. Where one process serves several
+    engines as one, their surfaces share `responses`.
 
     It answers from the start and serves once the engine is ready. Its lifespan starts and ends
     it; where that is not run, the first request starts it. `app.state.surface` is its `Surface`.
@@ -86,7 +89,7 @@ def build_app(
     app.add_exception_handler(HTTPException, _answer_http_error)
     intake = Intake(surface)
     Endpoints(surface, intake).add_to(app)
-    Responses(surface, intake).add_to(app)
+    Responses(surface, intake, responses or ResponseStore()).add_to(app)
     Probes(surface).add_to(app)
     add_unbuilt(app, surface)
     app.add_api_route("/", _chat_page, methods=["GET"], **describe(media_type="text/html"))

@@ -29,10 +29,10 @@ from pagedcore_openai.surface import ClientGoneError, Surface
 class Responses:
     """The routes of responses. They are stored in this process, and lost when it ends."""
 
-    def __init__(self, surface: Surface, intake: Intake) -> None:
+    def __init__(self, surface: Surface, intake: Intake, store: ResponseStore) -> None:
         self._surface = surface
         self._intake = intake
-        self._store = ResponseStore()
+        self._store = store
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
@@ -50,6 +50,7 @@ class Responses:
         surface = self._surface
         fields, headers = self._intake.checked(ResponseRequest, await self._intake.body(request))
         check_response(fields)
+        self._check_stored_here(fields)
         stored = self._prepared(request, fields)
         chat = as_chat(fields, stored.messages)
         with renamed():
@@ -95,6 +96,12 @@ class Responses:
             stored.task.cancel()
             await asyncio.wait([stored.task])
         return JSONResponse(stored.body)
+
+    def _check_stored_here(self, fields: ResponseRequest) -> None:
+        """Refuse what needs a stored response where the next request may meet another process."""
+        for name in ("background", "previous_response_id"):
+            if getattr(fields, name) and self._surface.server.num_api_servers != 1:
+                raise ApiError(501, f"{name} needs a server with --num-api-servers 1", name)
 
     def _find(self, request: Request) -> StoredResponse:
         return self._store.find(request.path_params["response_id"], request.scope["state"][KEY])
