@@ -100,20 +100,23 @@ def run_speed(args: argparse.Namespace, device: str, num_sms: int) -> tuple[list
         shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
         decode = choose_decode(128, torch.bfloat16, 64, shared)
         pool = Pool(args.pool_blocks, torch.bfloat16, device)
-        cases = decode_cases([1, 32, 64, 256, 1024], [256, 1024, 4096])
+        batches = [64, 256] if args.decode_only else [1, 32, 64, 256, 1024]
+        cases = decode_cases(batches, [256, 1024, 4096])
+        extends = [] if args.decode_only else extend_cases()
         works = [
             attention_figures(
                 pool,
                 decode,
                 lambda g: choose_extend(128, torch.bfloat16, g, shared),
                 num_sms,
-                [case for case in cases + extend_cases() if fits(case, pool)],
+                [case for case in cases + extends if fits(case, pool)],
             ),
             dense_attention_figures(extend_cases(), device),
             rope_figures(pool, [1, 256, 8192]),
             row_figures(device, [(1, 1024), (256, 1024), (256, 4096), (16384, 1024), (8192, 4096)]),
             moe_figures(device, [1, 32, 256, 4096], (128, 8, 2048, 768)),
         ]
+        works = works[:1] if args.decode_only else works
     print(f"copy: {copy / 1e12:.2f} TB/s", flush=True)
     for work in works:
         for figure in work:
@@ -164,6 +167,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any device")
     parser.add_argument("--tune", nargs="+", default=[], choices=["decode", "extend"])
     parser.add_argument("--skip", nargs="+", default=[], choices=["checks", "speed"])
+    parser.add_argument("--decode-only", action="store_true", help="time decode attention alone")
     parser.add_argument("--pool-blocks", type=int, default=1 << 16, help="64 MiB for 256 blocks")
     parser.add_argument("--out", help="where to write the result file")
     args = parser.parse_args()
