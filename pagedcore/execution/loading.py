@@ -114,9 +114,9 @@ def _allocate(make: CacheMaker, num_blocks: int) -> list[LayerCache | None]:
     try:
         return make(num_blocks)
     except RuntimeError as error:  # what torch raises where memory runs out
-        size = memory.show(num_blocks * make.block_bytes)
+        size = memory.in_gib(num_blocks * make.block_bytes)
         raise ConfigError(
-            f"a cache of {size} cannot be allocated: lower gpu_memory_utilization, "
+            f"a cache of {size} GiB cannot be allocated: lower gpu_memory_utilization, "
             "kv_cache_memory_bytes or num_gpu_blocks_override (cpu_kv_cache_gib on the CPU)"
         ) from error
 

@@ -18,9 +18,9 @@ OUTSIDE_BYTES = GIB
 kernels, and the graphs to come. An estimate; a context with its kernels takes about 0.6 GiB."""
 
 
-def show(num_bytes: int) -> str:
-    """An amount of memory as an error tells it."""
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 8 else f"{num_bytes / 2**20:.2f} MiB"
+def in_gib(num_bytes: int) -> str:
+    """An amount of memory as an error tells it, with the digits of a small one."""
+    return f"{num_bytes / GIB:.2f}" if num_bytes >= GIB / 8 else f"{num_bytes / GIB:.6f}"
 
 
 def bytes_per_block(groups: Sequence[CacheGroup], block_size: int, itemsize: int) -> int:
@@ -50,8 +50,8 @@ def requested_bytes(total: int, free: int, utilization: float) -> int:
     requested = math.ceil(total * utilization)
     if free < requested:
         raise ConfigError(
-            f"gpu_memory_utilization={utilization:g} asks for {show(requested)} of "
-            f"{show(total)}, but only {show(free)} are free: "
+            f"gpu_memory_utilization={utilization:g} asks for {in_gib(requested)} GiB of "
+            f"{in_gib(total)} GiB, but only {in_gib(free)} GiB are free: "
             "lower it, or end what else uses the GPU"
         )
     return requested
@@ -61,7 +61,7 @@ def check_weights_fit(num_bytes: int, available: int) -> None:
     """Raise ConfigError, before any weight is read, when weights alone are too large."""
     if num_bytes > available:
         raise ConfigError(
-            f"the weights need {show(num_bytes)} and {show(available)} are "
+            f"the weights need {in_gib(num_bytes)} GiB and {in_gib(available)} GiB are "
             "available: choose a smaller model or a --quantization, or a larger device"
         )
 
@@ -70,7 +70,7 @@ def check_cache_fits(num_bytes: int, available: int) -> None:
     """Raise ConfigError, before any weight is read, when the cache alone is too large."""
     if num_bytes > available:
         raise ConfigError(
-            f"a cache of {show(num_bytes)} was asked for and {show(available)} are "
+            f"a cache of {in_gib(num_bytes)} GiB was asked for and {in_gib(available)} GiB are "
             "available: lower num_gpu_blocks_override, kv_cache_memory_bytes or cpu_kv_cache_gib"
         )
 
@@ -125,8 +125,8 @@ def check_length(
         needed = _blocks_for(groups, max(wanted, 1), block_size) * block_bytes
         there = max(num_blocks - 1, 0) * block_bytes
         raise ConfigError(
-            f"a sequence of max_model_len={max(wanted, 1)} needs {show(needed)} of cache "
-            f"and {show(there)} are available; the largest max_model_len that fits is "
+            f"a sequence of max_model_len={max(wanted, 1)} needs {in_gib(needed)} GiB of cache "
+            f"and {in_gib(there)} GiB are available; the largest max_model_len that fits is "
             f"{longest}. Lower max_model_len, or give the cache more memory "
             "(gpu_memory_utilization, kv_cache_memory_bytes; cpu_kv_cache_gib on the CPU)"
         )

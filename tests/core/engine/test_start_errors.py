@@ -164,7 +164,7 @@ SETTINGS = {
     ),
     "longer than the cache": (  # MEM-6
         ["--num-gpu-blocks-override", "6"],
-        "max_model_len=256 needs 0.12 MiB of cache and 0.04 MiB are available; the largest "
+        "max_model_len=256 needs 0.000122 GiB of cache and 0.000038 GiB are available; the largest "
         "max_model_len that fits is 80. Lower max_model_len",
     ),
     "a cache of nothing": (
