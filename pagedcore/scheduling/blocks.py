@@ -135,6 +135,7 @@ class BlockPool:
         blocks = []
         block = self._next[0]
         while block != 0:
+            assert len(blocks) < self.num_blocks, "the free list has a cycle"
             blocks.append(block)
             block = self._next[block]
         return blocks

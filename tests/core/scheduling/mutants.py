@@ -57,6 +57,8 @@ def drive(folder: str, operations: int, seed: int) -> tuple[str | None, int]:
         return f"did not end in {TIMEOUT_S} s", operations
     if run.returncode == 0:
         return None, operations
+    if run.returncode < 0:
+        return f"ended by signal {-run.returncode}", operations
     found = re.search(r"operation (\d+)", run.stdout)
     lines = run.stderr.strip().splitlines() or ["blocks leaked"]
     if not found:

@@ -8,6 +8,7 @@ world and the operation that it happened in; the same seed does the same again.
 
 import argparse
 import random
+import resource
 import sys
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from pagedcore.testing.scheduler_world import World, WorldConfig
 OPERATIONS_PER_WORLD = 500
 POOL_SIZES = (8, 9, 10, 11, 12, 13, 14, 16, 24, 40)
 ENDLESS = 10**9
+MOST_BYTES = 4 << 30
 
 
 def random_config(rng: random.Random) -> WorldConfig:
@@ -239,6 +241,7 @@ def main() -> int:
     parser.add_argument("--operations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))  # a bug may never end
     started = time.perf_counter()
     totals = run(args.operations, args.seed)
     facts = {**totals, "seed": args.seed, "seconds": round(time.perf_counter() - started, 1)}
