@@ -136,6 +136,14 @@ def test_the_chat_page_needs_nothing_from_elsewhere(server):
     assert "src=" not in text
     assert '<meta name="viewport"' in text
     assert 'lang="en"' in text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
+def test_no_route_answers_a_range(server):  # IN-41
+    ranges = "bytes=" + ",".join(f"{i}-" for i in range(1000))
+    answer = server.get("/", range=ranges)
+    assert answer.status == 200
+    assert answer.body.endswith(b"</html>\n")
 
 
 def test_browsers_of_allowed_origins_may_call_and_no_others(locked):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from pagedcore.config import EngineConfig
 from pagedcore.engine.client import EngineClient
@@ -34,6 +34,14 @@ EXPOSED_HEADERS = (
     "x-pagedcore-ignored-params",
 )
 """Of ours, what scripts in a browser may read."""
+
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "cache-control": "no-cache",
+    "x-content-type-options": "nosniff",
+}
+"""The page needs nothing but its own text and this server."""
 
 _CHAT_PAGE = Path(__file__).with_name("chat.html")
 
@@ -99,7 +107,7 @@ def build_app(
 
 async def _chat_page(request: Request) -> Response:
     """A page to talk to the model."""
-    return FileResponse(_CHAT_PAGE, media_type="text/html")
+    return HTMLResponse(_CHAT_PAGE.read_bytes(), headers=_PAGE_HEADERS)
 
 
 async def _openapi(request: Request) -> Response:
