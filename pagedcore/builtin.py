@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def pagedcore_backends() -> Mapping[str, Callable[[str], "Ops"]]:
-    """Plain torch, on any device."""
-    return {"torch": _torch_ops}
+    """Plain torch, on any device; and C, on a CPU with arithmetic in bfloat16."""
+    return {"torch": _torch_ops, "native": _native_ops}
 
 
 @hookimpl
@@ -37,3 +37,9 @@ def _torch_ops(device: str) -> "Ops":
     from pagedcore.execution.torch_ops import TorchOps
 
     return TorchOps(device)
+
+
+def _native_ops(device: str) -> "Ops":
+    from pagedcore.execution.native.ops import NativeOps
+
+    return NativeOps(device)

@@ -182,7 +182,7 @@ class ExecutionConfig:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
     backend: str | None = None
-    """Operations and attention: `torch`, `triton`, or a plugin's; by default the device's best."""
+    """Operations: `torch`, `native`, `triton`, or a plugin's; by default the device's best."""
 
     enforce_eager: bool = False
     """Run without CUDA graphs."""

@@ -1,7 +1,9 @@
 """How a step runs: tensors, models, memory. No queues here: a `StepPlan` comes in, tokens go out.
 
 ops.py             Ops: the operations that models are made of
-torch_ops.py       TorchOps: each of them in plain torch, the CPU's path and the specification
+torch_ops.py       TorchOps: each of them in plain torch, the specification
+torch_attention.py attention in plain torch
+native/            NativeOps: the CPU's operations in bfloat16, in C where it can be compiled
 quantized.py, torch_quantized.py   the part of Ops that works on 8 bits
 model.py           Model, Weights, ModelBuild: what a model plugin sees
 layers.py          the layers that models are written with

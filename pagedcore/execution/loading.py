@@ -4,6 +4,7 @@ Whatever can be known to be wrong is found before a weight is read: the model is
 "meta" first, where its weights have shapes and nothing else.
 """
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from pagedcore.execution.quantizer import Quantizer, Unquantized
 from pagedcore.execution.random_weights import RandomCheckpoint
 from pagedcore.plugins import choose, collect
 
+logger = logging.getLogger(__name__)
+
 
 def build_executor(
     config: EngineConfig, folder: Path, plugins: pluggy.PluginManager, usage: Usage
@@ -38,7 +41,6 @@ def build_executor(
     """
     started = time.perf_counter()
     device = find_device(config.execution.device)
-    ops = _choose_backend(config, device, plugins)
     checkpoint = (
         RandomCheckpoint(folder, config.execution.seed)
         if config.model.load_format == "dummy"
@@ -48,6 +50,7 @@ def build_executor(
     model_class = choose(plugins, "pagedcore_models", _architecture(of_model))()
     quantizer = _choose_quantizer(config, of_model, plugins)
     dtype = choose_dtype(config.model.dtype, checkpoint.dtype, device)
+    ops = _choose_backend(config, device, dtype, plugins)
     own_length = longest_context(of_model)
     asked = config.model.max_model_len
     _check_asked_length(asked, own_length)
@@ -166,11 +169,19 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _choose_backend(
-    config: EngineConfig, device: torch.device, plugins: pluggy.PluginManager
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, plugins: pluggy.PluginManager
 ) -> Ops:
+    """The backend that was asked for, or the best that runs here."""
     name = config.execution.backend
+    offered = collect(plugins, "pagedcore_backends")
+    if name is None and device.type == "cpu" and dtype == torch.bfloat16 and "native" in offered:
+        try:
+            native: Ops = offered["native"](str(device))
+        except ConfigError as error:
+            logger.info("%s; plain torch takes its place", error)
+        else:
+            return native
     if name is None:
-        offered = collect(plugins, "pagedcore_backends")
         name = "triton" if device.type == "cuda" and "triton" in offered else "torch"
     ops: Ops = choose(plugins, "pagedcore_backends", name)(str(device))
     return ops

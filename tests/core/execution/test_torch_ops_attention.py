@@ -1,7 +1,7 @@
 """Attention in plain torch against a direct computation in float64, through a scattered cache."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,125 +10,10 @@ from hypothesis import strategies as st
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution import torch_attention
-from pagedcore.execution.ops import LayerCache, StepBatch
+from pagedcore.execution.ops import LayerCache
 from pagedcore.execution.torch_ops import TorchOps
 
 CPU = torch.device("cpu")
-SCALE = 0.3
-
-
-@dataclass
-class Sequence:
-    """All heads [L, H + 2K, D] of a sequence, and the blocks that hold its past."""
-
-    heads: torch.Tensor
-    blocks: list[int]
-
-
-class Pool:
-    """A cache in which sequences run step by step, in blocks that nothing orders."""
-
-    def __init__(
-        self,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        *,
-        block_size=4,
-        window=None,
-        soft_cap=None,
-        dtype=torch.float32,
-        cache_dtype=None,
-        num_blocks=400,
-        seed=0,
-        ordered=False,
-    ):
-        self.ops = TorchOps("cpu")
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.block_size, self.window, self.soft_cap = block_size, window, soft_cap
-        self.dtype = dtype
-        self.random = torch.Generator().manual_seed(seed)
-        spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
-        self.cache = self.ops.new_cache(spec, 0, num_blocks, block_size, cache_dtype or dtype, CPU)
-        free = torch.randperm(num_blocks - 1, generator=self.random) + 1
-        self.free = list(range(num_blocks - 1, 0, -1)) if ordered else free.tolist()
-
-    def sequence(self, length):
-        shape = (length, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        heads = torch.randn(shape, generator=self.random).to(self.dtype)
-        count = -(-length // self.block_size)
-        return Sequence(heads, [self.free.pop() for _ in range(count)])
-
-    def step(self, runs, *, num_padding=0):
-        """Run `new` tokens of each sequence, up to its position `total`: outputs of each."""
-        runs = sorted(runs, key=lambda run: run[1] != 1)
-        single = sum(new == 1 for _, new, _ in runs)
-        runs[single:single] = [(None, 1, 0)] * num_padding
-        qkv = torch.cat([self._tokens(*run) for run in runs])
-        batch = self.batch(runs, single + num_padding)
-        self.ops.begin_step(batch)
-        self.ops.rope_and_cache(qkv, self.num_heads, None, None, self.cache, batch)
-        out = self.ops.attention(qkv, self.num_heads, SCALE, self.cache, batch, self.soft_cap)
-        assert out.is_contiguous()
-        assert out.dtype == self.dtype
-        pieces = out.view(len(qkv), self.num_heads, -1).split([new for _, new, _ in runs])
-        return [(*run, piece) for run, piece in zip(runs, pieces, strict=True) if run[0]]
-
-    def _tokens(self, sequence, new, total):
-        if sequence is None:
-            return torch.randn(1, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim).to(
-                self.dtype
-            )
-        return sequence.heads[total - new : total].flatten(1).clone()
-
-    def batch(self, runs, num_single):
-        """Rows of the table are neither in order nor clean: behind a sequence, others' blocks."""
-        num_rows, width = len(runs) + 2, 2 + max(len(s.blocks) if s else 0 for s, _, _ in runs)
-        table = torch.randint(0, 50, (1, num_rows, width), generator=self.random).int()
-        rows = torch.randperm(num_rows, generator=self.random)[: len(runs)]
-        positions, slots = [], []
-        for (sequence, new, total), row in zip(runs, rows.tolist(), strict=True):
-            if sequence is None:
-                positions, slots = [*positions, 0], [*slots, 0]
-                continue
-            table[0, row, : len(sequence.blocks)] = torch.tensor(sequence.blocks).int()
-            for p in range(total - new, total):
-                positions.append(p)
-                block = sequence.blocks[p // self.block_size]
-                slots.append(block * self.block_size + p % self.block_size)
-        counts = torch.tensor([0] + [new for _, new, _ in runs])
-        return StepBatch(
-            positions=torch.tensor(positions),
-            rows=rows.int(),
-            query_start=counts.cumsum(0).int(),
-            context_len=torch.tensor([total for _, _, total in runs]).int(),
-            block_tables=table,
-            slots=torch.tensor([slots]),
-            num_single=num_single,
-            max_query_len=int(counts.max()),
-            max_context_len=max(total for _, _, total in runs),
-        )
-
-    def expected(self, sequence, new, total):
-        """Outputs [new, H, D] in float64, one query after the other."""
-        query, key, value = sequence.heads.double().split(
-            [self.num_heads, self.num_kv_heads, self.num_kv_heads], 1
-        )
-        out = torch.empty(new, self.num_heads, self.head_dim, dtype=torch.float64)
-        for i, position in enumerate(range(total - new, total)):
-            begin = 0 if self.window is None else max(position - self.window + 1, 0)
-            for head in range(self.num_heads):
-                shared = head * self.num_kv_heads // self.num_heads
-                scores = key[begin : position + 1, shared] @ query[position, head] * SCALE
-                if self.soft_cap is not None:
-                    scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-                out[i, head] = scores.softmax(0) @ value[begin : position + 1, shared]
-        return out
-
-    def check(self, results, tolerance=2e-6):
-        for sequence, new, total, out in results:
-            want = self.expected(sequence, new, total)
-            torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
 
 
 @st.composite
@@ -149,9 +34,9 @@ def _histories(draw):
     seed=st.integers(0, 99),
 )
 def test_any_mix_of_pieces_gives_what_whole_sequences_give(
-    histories, heads, head_dim, block_size, window, soft_cap, seed
+    new_pool, histories, heads, head_dim, block_size, window, soft_cap, seed
 ):
-    pool = Pool(
+    pool = new_pool(
         *heads, head_dim, block_size=block_size, window=window, soft_cap=soft_cap, seed=seed
     )
     sequences = [pool.sequence(sum(pieces)) for pieces in histories]
@@ -165,8 +50,8 @@ def test_any_mix_of_pieces_gives_what_whole_sequences_give(
 
 
 @pytest.mark.parametrize("window", [None, 5, 300])
-def test_tiles_of_a_long_prompt_meet_without_a_seam(window):
-    pool = Pool(2, 1, 4, block_size=16, window=window)
+def test_tiles_of_a_long_prompt_meet_without_a_seam(new_pool, window):
+    pool = new_pool(2, 1, 4, block_size=16, window=window)
     sequence = pool.sequence(2 * torch_attention._TILE + 77)
     pool.check(pool.step([(sequence, 40, 40)]))
     pool.check(pool.step([(sequence, 500, 540)]))
@@ -175,15 +60,15 @@ def test_tiles_of_a_long_prompt_meet_without_a_seam(window):
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_a_single_sequence_may_lie_in_one_piece_or_in_many(ordered):
-    pool = Pool(ordered=ordered, window=20)
+def test_a_single_sequence_may_lie_in_one_piece_or_in_many(new_pool, ordered):
+    pool = new_pool(ordered=ordered, window=20)
     sequence = pool.sequence(50)
     pool.check(pool.step([(sequence, 49, 49)]))
     pool.check(pool.step([(sequence, 1, 50)]))
 
 
-def test_parts_of_a_large_batch_give_the_same_as_one(monkeypatch):
-    pool = Pool()
+def test_parts_of_a_large_batch_give_the_same_as_one(new_pool, monkeypatch):
+    pool = new_pool()
     sequences = [pool.sequence(length) for length in (3, 50, 4, 4, 31, 1, 9, 60)]
     pool.step([(s, len(s.heads) - 1, len(s.heads) - 1) for s in sequences if len(s.heads) > 2])
     runs = [(s, 1, len(s.heads)) for s in sequences]
@@ -196,23 +81,32 @@ def test_parts_of_a_large_batch_give_the_same_as_one(monkeypatch):
     pool.check(cut)
 
 
-def test_padding_changes_nothing():
-    pool = Pool()
+def test_padding_changes_nothing(new_pool):
+    pool = new_pool()
     first, second, third = (pool.sequence(length) for length in (9, 1, 13))
     pool.step([(first, 8, 8)])
     pool.check(pool.step([(first, 1, 9), (second, 1, 1), (third, 13, 13)], num_padding=3))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-def test_small_types_round_only_at_the_end(dtype, tolerance):
-    pool = Pool(9, 3, 64, block_size=16, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "backend"),
+    [
+        (torch.bfloat16, 2e-2, "torch"),
+        (torch.bfloat16, 2e-2, "native"),
+        (torch.float16, 2e-3, "torch"),
+    ],
+)
+def test_small_types_round_only_at_the_end(new_pool, backends, dtype, tolerance, backend):
+    if backend not in backends:
+        pytest.skip("the kernels in C do not run here")
+    pool = new_pool(9, 3, 64, block_size=16, dtype=dtype, ops=backends[backend])
     one, two, three = (pool.sequence(length) for length in (100, 33, 70))
     pool.check(pool.step([(one, 99, 99), (two, 20, 20)]), tolerance)
     pool.check(pool.step([(one, 1, 100), (two, 13, 33), (three, 70, 70)]), tolerance)
 
 
-def test_a_cache_may_have_a_smaller_type_than_its_queries():
-    pool = Pool(cache_dtype=torch.float8_e4m3fn)
+def test_a_cache_may_have_a_smaller_type_than_its_queries(new_pool):
+    pool = new_pool(cache_dtype=torch.float8_e4m3fn)
     one, two = pool.sequence(20), pool.sequence(9)
     for sequence in (one, two):
         past = sequence.heads[:, pool.num_heads :]
@@ -222,9 +116,9 @@ def test_a_cache_may_have_a_smaller_type_than_its_queries():
 
 
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
-def test_nan_of_one_sequence_never_reaches_another(soft_cap):
+def test_nan_of_one_sequence_never_reaches_another(new_pool, soft_cap):
     """Reliability R18: not beside it in a step, and not from a block that it has left."""
-    pool = Pool(soft_cap=soft_cap, num_blocks=9)
+    pool = new_pool(soft_cap=soft_cap, num_blocks=9)
     bad, good = pool.sequence(11), pool.sequence(10)
     bad.heads[:] = torch.nan
     results = pool.step([(bad, 10, 10), (good, 9, 9)])
@@ -238,9 +132,9 @@ def test_nan_of_one_sequence_never_reaches_another(soft_cap):
     pool.check(pool.step([(short, 1, 2), (long, 1, 6), (good, 1, 10)]))
 
 
-def test_layers_of_two_groups_keep_their_plans_apart():
+def test_layers_of_two_groups_keep_their_plans_apart(new_pool):
     """KV-6: a group has its own window and its own table."""
-    wide, narrow = Pool(ordered=True), Pool(ordered=True, window=3)
+    wide, narrow = new_pool(ordered=True), new_pool(ordered=True, window=3)
     sequence = wide.sequence(12)
     runs = [(sequence, 12, 12)]
     batch = wide.batch(runs, 0)
@@ -255,13 +149,13 @@ def test_layers_of_two_groups_keep_their_plans_apart():
     for pool in (wide, narrow):
         qkv = sequence.heads.flatten(1).clone()
         wide.ops.rope_and_cache(qkv, 4, None, None, pool.cache, batch)
-        out = wide.ops.attention(qkv, 4, SCALE, pool.cache, batch)
+        out = wide.ops.attention(qkv, 4, wide.scale, pool.cache, batch)
         pool.check([(sequence, 12, 12, out.view(12, 4, -1))])
 
 
-def test_a_copy_takes_the_first_slots_and_leaves_nothing_else():
+def test_a_copy_takes_the_first_slots_and_leaves_nothing_else(new_pool):
     """FORK-6; what the destination held before may be NaN of a sequence that is gone."""
-    pool = Pool()
+    pool = new_pool()
     pool.cache.key[1] = torch.randn(4, 4, 8)
     pool.cache.key[2] = torch.nan
     pool.cache.key[3] = torch.nan

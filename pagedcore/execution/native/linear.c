@@ -1,0 +1,118 @@
+/* Linear layers: rows times a weight that was packed once.
+
+       T rows   N outputs   P = ceil(N / 32) panels   I inputs, even
+
+       x        [T, I]
+       weight   [N, I]
+       packed   [P, I / 2, 32]  pairs: inputs 2i and 2i + 1 of output 32 p + n; zeros behind N
+       out      [T, N]          bfloat16 or float
+
+   Few rows are bound by reading `packed`, once, from front to back. With many, a chunk of rows stays in
+   the second-level cache while all panels pass by, and a panel while the chunk's rows do. */
+
+#include "common.h"
+
+#include <omp.h>
+
+enum { WIDTH = 32, VECTORS = WIDTH / 16, ROWS = MAX_SUMS / VECTORS, CHUNK = 96 };
+
+EXPORT void pagedcore_pack(const bf16 *weight, long outputs, long inputs, uint32_t *packed) {
+    long pairs = inputs / 2, panels = (outputs + WIDTH - 1) / WIDTH;
+#pragma omp parallel for schedule(static)
+    for (long panel = 0; panel < panels; panel++) {
+        uint32_t *to = packed + panel * pairs * WIDTH;
+        for (long i = 0; i < pairs; i += 16) {
+            __mmask16 columns = lanes(pairs - i);
+            for (int group = 0; group < WIDTH; group += 16) {
+                __m512i square[16];
+                for (int n = 0; n < 16; n++) {
+                    long output = panel * WIDTH + group + n;
+                    const uint32_t *from = (const uint32_t *)(weight + output * inputs) + i;
+                    __mmask16 mask = output < outputs ? columns : 0;
+                    square[n] = _mm512_maskz_loadu_epi32(mask, from);
+                }
+                transpose16(square);
+                for (long j = 0; j < 16 && i + j < pairs; j++)
+                    _mm512_storeu_si512(to + (i + j) * WIDTH + group, square[j]);
+            }
+        }
+    }
+}
+
+INLINE void finish(const int rows, __m512 *sum, const bf16 *bias, void *out,
+                   int is_float, long stride, long left) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+        __mmask16 mask = left <= 16 * v ? 0 : lanes(left - 16 * v);
+        __m512 added = bias ? load16(bias + 16 * v, mask) : _mm512_setzero_ps();
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; m++) {
+            __m512 value = bias ? _mm512_add_ps(sum[m * VECTORS + v], added) : sum[m * VECTORS + v];
+            if (is_float)
+                _mm512_mask_storeu_ps((float *)out + m * stride + 16 * v, mask, value);
+            else
+                store16((bf16 *)out + m * stride + 16 * v, mask, value);
+        }
+    }
+}
+
+INLINE void block(const int rows, const uint32_t *x, long x_stride, const uint32_t *panel, long pairs,
+                  const bf16 *bias, void *out, int is_float, long stride, long left) {
+    __m512 sum[ROWS * VECTORS];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sum[m * VECTORS + v] = _mm512_setzero_ps();
+    multiply(rows, VECTORS, x, x_stride, panel, WIDTH, pairs, sum);
+    finish(rows, sum, bias, out, is_float, stride, left);
+}
+
+static void rows_times_panel(long rows, const uint32_t *x, long x_stride, const uint32_t *panel,
+                             long pairs, const bf16 *bias, char *out, int is_float, long stride,
+                             long left) {
+    long size = is_float ? 4 : 2;
+    while (rows > 0) {
+        /* equal blocks: 14 rows are 7 + 7, which reads a panel as often as 12 + 2 and idles less */
+        long blocks = (rows + ROWS - 1) / ROWS, count = (rows + blocks - 1) / blocks;
+        switch (count) {
+#define CASE(R)                                                                              \
+    case R:                                                                                  \
+        block(R, x, x_stride, panel, pairs, bias, out, is_float, stride, left);              \
+        break;
+            CASE(1)
+            CASE(2)
+            CASE(3)
+            CASE(4)
+            CASE(5)
+            CASE(6)
+            CASE(7)
+            CASE(8)
+            CASE(9)
+            CASE(10)
+            CASE(11)
+            CASE(12)
+#undef CASE
+        }
+        rows -= count;
+        x += count * x_stride;
+        out += count * stride * size;
+    }
+}
+
+EXPORT void pagedcore_linear(const bf16 *x, long rows, long inputs,
+                             const uint32_t *packed, long outputs, const bf16 *bias, void *out,
+                             int is_float) {
+    long pairs = inputs / 2, panels = (outputs + WIDTH - 1) / WIDTH;
+    long chunks = (rows + CHUNK - 1) / CHUNK, tasks = chunks * panels;
+    long grain = tasks / (8 * omp_get_max_threads());
+    if (grain < 1) grain = 1;
+#pragma omp parallel for schedule(dynamic, grain) if (tasks > 1)
+    for (long task = 0; task < tasks; task++) {
+        long first = task / panels * CHUNK, panel = task % panels, column = panel * WIDTH;
+        long count = rows - first < CHUNK ? rows - first : CHUNK;
+        char *to = (char *)out + (first * outputs + column) * (is_float ? 4 : 2);
+        rows_times_panel(count, (const uint32_t *)(x + first * inputs), pairs,
+                         packed + panel * pairs * WIDTH, pairs, bias ? bias + column : 0, to,
+                         is_float, outputs, outputs - column);
+    }
+}
