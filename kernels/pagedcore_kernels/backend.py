@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import ConfigError
+from pagedcore.execution.kernel_bench import KernelBench
 from pagedcore.execution.ops import (
     LayerCache,
     Ops,
@@ -53,6 +54,18 @@ class TritonOps(LinearOps):
         self.supports_graphs = self.device.type == "cuda"
         self._num_sms, self._shared_memory = _size_of(self.device)
         self._scratch = Scratch(self.device)
+
+    def kernel_bench(self, *, small: bool = False, cache_gib: float = 16.0) -> KernelBench:
+        """See `pagedcore.execution.kernel_bench.Measured`."""
+        from pagedcore_kernels.bench.suite import Suite  # which needs this module
+
+        return Suite(
+            str(self.device),
+            num_sms=self._num_sms,
+            shared_memory=self._shared_memory,
+            small=small,
+            cache_gib=cache_gib,
+        )
 
     def begin_step(self, batch: StepBatch) -> None:
         """See `Ops.begin_step`."""

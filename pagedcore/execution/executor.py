@@ -31,6 +31,9 @@ _NUM_RESULTS = 4
 _MAX_SCORES = 2**26
 """Elements of the [N, V] logits that prompt log-probabilities are made of at a time."""
 
+_MOST_COMMON = 64
+"""Sequences of a step, in most deployments most of the time: their graphs are prepared first."""
+
 _NOT_FINITE = "the model's scores were not finite numbers (NaN), so no token could be drawn"
 
 
@@ -102,6 +105,7 @@ class Executor:
         self.startup_seconds = dict(startup_seconds)
         self.overlaps = device.type == "cuda"
         """Whether a launch returns before the step has run."""
+        self._max_num_seqs = max_num_seqs
         self._model = model
         self._ops = ops
         self._device = device
@@ -167,7 +171,11 @@ class Executor:
         if self._graphs is None or self._extend_graphs is None:
             return False
         with torch.inference_mode(), self._on_device():
-            return self._graphs.capture_next() or self._extend_graphs.capture_next()
+            return (
+                self._graphs.capture_next(_MOST_COMMON)
+                or self._extend_graphs.capture_next()
+                or self._graphs.capture_next(self._max_num_seqs)
+            )
 
     def shutdown(self) -> None:
         """Wait for steps in flight and give the device's memory back."""

@@ -123,8 +123,7 @@ class DecodeGraphs:
         self._num_filled = 0
         self._uses: Counter[tuple[int, DrawKind]] = Counter()
         self._graphs: dict[tuple[int, DrawKind], torch.cuda.CUDAGraph] = {}
-        self._ahead = [(n, DrawKind.GREEDY) for n in reversed(self._sizes)]
-        self._ahead += [(n, DrawKind.PLAIN) for n in reversed(self._sizes)]
+        self._ahead = [(n, kind) for n in self._sizes for kind in (DrawKind.PLAIN, DrawKind.GREEDY)]
 
     def run(self, plan: StepPlan, kind: DrawKind) -> Tensor | None:
         """Start a step in which every sequence runs one token and draws one; None: not captured.
@@ -151,9 +150,11 @@ class DecodeGraphs:
         """A step ran that these graphs did not: positions have to be uploaded again."""
         self._last = None
 
-    def capture_next(self) -> bool:
-        """Capture one more of the common graphs in advance; False when there is none left."""
-        while self._ahead:
+    def capture_next(self, largest: int) -> bool:
+        """Capture one more of the common graphs in advance, small ones first: those of up to
+        `largest` sequences. False when there is none left.
+        """
+        while self._ahead and self._ahead[0][0] <= largest:
             key = self._ahead.pop(0)
             if key not in self._graphs:
                 self._capture(key)

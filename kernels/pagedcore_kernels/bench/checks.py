@@ -4,11 +4,12 @@ T tokens   S sequences   h hidden size   F width   E experts   V vocabulary
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pagedcore.execution.kernel_bench import Check
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.steps import PagedStep, make_step
@@ -16,20 +17,6 @@ from pagedcore_kernels.fallback import PlainOps
 
 LIMITS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Largest relative error: the rounding of the type, with room for that of probabilities."""
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """How far a kernel is from the plain operation."""
-
-    name: str
-    error: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the limit; NaN never is."""
-        return self.error <= self.limit
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pagedcore.execution.kernel_bench import Figure
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels import activation, norms, rope_cache
 from pagedcore_kernels import moe as experts
-from pagedcore_kernels.bench.clock import Time, num_rotations, time_calls
+from pagedcore_kernels.bench.clock import num_rotations, time_calls
 from pagedcore_kernels.decode_attention import DecodeConfig, decode_attention
 from pagedcore_kernels.extend_attention import extend_attention
 from pagedcore_kernels.extend_plan import ExtendConfig, build_tile_list, num_parts
@@ -25,20 +26,6 @@ BLOCK_SIZE = 64
 HEAD_DIM = 128
 NUM_KV_HEADS = 8
 """Of the pool; cases with fewer see more blocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """What one kernel achieves in one case."""
-
-    kernel: str
-    case: str
-    time: Time
-    rate: float
-    """Bytes or operations per second, at the median."""
-
-    unit: str
-    """B/s or FLOP/s"""
 
 
 class Pool:

@@ -1,25 +1,15 @@
 """Search for the best settings of both attention kernels, for the shapes of a few cases."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
 from triton.errors import TritonError
 
+from pagedcore.execution.kernel_bench import Trial
 from pagedcore_kernels.bench.clock import time_calls
 from pagedcore_kernels.bench.speed import AttentionCase, Pool, decode_calls, extend_calls
 from pagedcore_kernels.decode_attention import DecodeConfig
 from pagedcore_kernels.extend_plan import ExtendConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One setting in one case."""
-
-    case: str
-    config: DecodeConfig | ExtendConfig
-    rate: float
-    """Bytes or operations per second."""
 
 
 def decode_configs() -> Iterator[DecodeConfig]:
