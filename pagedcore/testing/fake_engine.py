@@ -54,6 +54,7 @@ BUILD_FAKE = "pagedcore.testing.fake_engine:build_fake_engine"
 class _Sequence:
     request: Request
     tokens: Iterator[int]
+    is_child: bool
     produced: list[int] = field(default_factory=list)
 
 
@@ -132,7 +133,9 @@ class FakeEngine:
             for member in family:
                 if member.id in self._waiting or member.id in self._running:
                     raise ValueError(f"request id {member.id} is in use")
-                self._waiting[member.id] = _Sequence(member, iter(self._reply(member)))
+                self._waiting[member.id] = _Sequence(
+                    member, iter(self._reply(member)), is_child=member is not request
+                )
             self.num_added += len(family)
             self._changed.notify_all()
 
@@ -251,7 +254,7 @@ class FakeEngine:
             output.num_cached_tokens[request_id] = whole_blocks if seen else 0
             output.queue_seconds[request_id] = max(0.0, time.monotonic() - request.arrival_time)
             self._seen_prompts.add(prompt.tobytes())
-            if request.params.prompt_logprobs is not None:
+            if request.params.prompt_logprobs is not None and not sequence.is_child:
                 output.prompt_logprobs[request_id] = [
                     _logprobs(token, request.params.prompt_logprobs, self.info.vocab_size)
                     for token in prompt[1:].tolist()

@@ -3,7 +3,8 @@
     python -m pagedcore.testing.serve_steered pagedcore_openai.serve:serve \\
         '{"engine": {"model": "folder"}, "server": {"port": 8000}}'
 
-A mount is called with both configurations and `build=`, and returns the exit status.
+A mount is called with both configurations and `build=`, and returns the exit status. The key
+"build" may name another engine, as module:function.
 """
 
 import importlib
@@ -34,7 +35,7 @@ def main(mount: str, options: str) -> int:
         status: int = serve(
             EngineConfig.from_options(**given["engine"]),
             ServerConfig(**server),
-            build=BUILD_STEERED,
+            build=given.get("build", BUILD_STEERED),
         )
     except PagedcoreError as error:
         print(f"error: {error}", file=sys.stderr)

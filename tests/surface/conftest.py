@@ -23,7 +23,7 @@ import openai
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pagedcore.testing.steered_engine import START_PIPE, EngineHandle
+from pagedcore.testing.steered_engine import BUILD_STEERED, START_PIPE, EngineHandle
 
 FACES = {
     "asgi": "pagedcore_openai.serve:serve",
@@ -34,7 +34,7 @@ END = 256
 """The end-of-sequence token of the served model; lower ids are bytes."""
 
 MODEL_LENGTH = 4096
-READY_S = 30
+READY_S = 120
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
@@ -284,16 +284,25 @@ def start(face, tmp_path_factory):
 
     @contextlib.contextmanager
     def starting(
-        *, engine=None, template=TEMPLATE, environment=None, wait=True, slow_start=False, **options
+        *,
+        folder=None,
+        build=BUILD_STEERED,
+        engine=None,
+        template=TEMPLATE,
+        environment=None,
+        wait=True,
+        slow_start=False,
+        **options,
     ):
-        folder = tmp_path_factory.mktemp("model")
-        write_model(folder, template)
+        if folder is None:
+            folder = tmp_path_factory.mktemp("model")
+            write_model(folder, template)
         if slow_start:
             os.mkfifo(folder / START_PIPE)
         port = free_port()
         settings = {"model": str(folder), "served_model_name": ["fake", "alias"], **(engine or {})}
         settings.setdefault("max_model_len", MODEL_LENGTH)
-        given = {"engine": settings, "server": {"port": port, **options}}
+        given = {"engine": settings, "server": {"port": port, **options}, "build": build}
         log = folder / "log"
         with log.open("wb") as output:
             command = [sys.executable, "-m", "pagedcore.testing.serve_steered"]

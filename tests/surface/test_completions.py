@@ -155,6 +155,19 @@ def test_logprobs_of_an_echoed_prompt_begin_with_null(server):
     assert lists["logprobs"]["text_offset"] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_choice_echoes_the_prompts_scores(server, stream):
+    answer = server.complete(
+        ["abc", "de"], n=3, seed=0, max_tokens=2, logprobs=1, echo=True, stream=stream
+    )
+    tokens = [[] for _ in range(6)]
+    for body in answer.chunks if stream else [answer.json]:
+        for choice in body["choices"]:
+            tokens[choice["index"]] += (choice["logprobs"] or {"tokens": []})["tokens"]
+    texts = ["".join(each) for each in tokens]
+    assert texts == ["abcab", "abcbc", "abcca", "dede", "deed", "dede"]
+
+
 def test_prompt_logprobs_have_one_entry_per_prompt_token(server):
     choice = server.complete("abc", max_tokens=1, prompt_logprobs=2).json["choices"][0]
     first, *others = choice["prompt_logprobs"]

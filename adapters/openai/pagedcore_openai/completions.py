@@ -5,8 +5,8 @@ from typing import Any
 from pagedcore.step import TokenLogprobs
 from pagedcore.text.inputs import EngineInput
 from pagedcore.text.tokenizer import Tokenizer
-from pagedcore_openai.answer import Piece
 from pagedcore_openai.logprobs import completion_logprobs, prompt_logprobs
+from pagedcore_openai.pieces import Piece
 from pagedcore_openai.protocol import CompletionRequest
 
 

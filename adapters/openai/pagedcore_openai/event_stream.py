@@ -13,8 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from pagedcore.errors import OverloadedError
 from pagedcore.request import FinishReason
-from pagedcore_openai.answer import Answer, Piece
+from pagedcore_openai.answer import Answer
 from pagedcore_openai.errors import ApiError, as_api_error
+from pagedcore_openai.pieces import Piece
 from pagedcore_openai.surface import ClientGoneError, Surface
 
 _encode = msgspec.json.Encoder().encode

@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 
 from pagedcore.request import FinishReason
-from pagedcore_openai.answer import Piece, Usage
 from pagedcore_openai.errors import ApiError
+from pagedcore_openai.pieces import Piece, Usage
 from pagedcore_openai.protocol import ResponseRequest
 
 _encode = msgspec.json.Encoder().encode

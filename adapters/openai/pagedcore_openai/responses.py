@@ -12,13 +12,14 @@ from starlette.types import Receive, Scope, Send
 
 from pagedcore.errors import EngineDeadError, RequestError
 from pagedcore_openai import prepare
-from pagedcore_openai.answer import Answer, Piece
+from pagedcore_openai.answer import Answer
 from pagedcore_openai.endpoints import CLIENT_CLOSED_REQUEST
 from pagedcore_openai.errors import ApiError, as_api_error
 from pagedcore_openai.event_stream import EventStream
 from pagedcore_openai.gate import KEY
 from pagedcore_openai.intake import Intake
 from pagedcore_openai.openapi import describe
+from pagedcore_openai.pieces import Piece
 from pagedcore_openai.protocol import ResponseRequest
 from pagedcore_openai.response_input import as_chat, check_response, input_messages, renamed
 from pagedcore_openai.response_shape import ResponseEvents, ResponseShape
