@@ -132,7 +132,7 @@ class BlockPool:
 
     def free_blocks(self) -> list[int]:
         """The free list, head first; for tests and diagnosis."""
-        blocks = []
+        blocks: list[int] = []
         block = self._next[0]
         while block != 0:
             assert len(blocks) < self.num_blocks, "the free list has a cycle"

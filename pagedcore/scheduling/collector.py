@@ -179,7 +179,7 @@ class Collector:
         gone = ended_among([step, *later], ids)
         built_on = spread([step], gone.union(failed)).built_on
         guilty = {s: message for s, message in failed.items() if s not in built_on}
-        return self._end_guilty([step, *later], guilty, gone, ())
+        return self._end_guilty([step, *later], guilty, gone, built_on)
 
     def _end_guilty(
         self,

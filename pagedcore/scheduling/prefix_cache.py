@@ -178,6 +178,15 @@ class PrefixCache:
                 before = sequence.contents[-1] if sequence.contents else None
                 sequence.contents.append(BlockContent(before, block.tobytes(), extra))
 
+    def enter_settled(self, row: int) -> None:
+        """Put what is left of a row's full blocks into the map, before it leaves: what the steps
+        behind its last known token have written. These have succeeded, so nobody need remember.
+        """
+        table, rows = self._table, np.array([row], np.int32)
+        log, self._log = self._log, []
+        self.enter(rows, np.minimum(table.num_computed[rows], table.num_known[rows] - 1))
+        self._log = log
+
     def forget(self, entries: Iterable[tuple[int, bytes]]) -> None:
         """Take blocks out of the map again, where they still stand under these keys (KV-11)."""
         for block, key in entries:

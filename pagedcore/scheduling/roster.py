@@ -3,8 +3,6 @@
 import random
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from pagedcore.errors import RequestError
 from pagedcore.request import FinishReason, Request
 from pagedcore.scheduling.paging import Pager
@@ -127,7 +125,7 @@ class Roster:
 
     def preempt(self, row: int) -> SequenceState:
         """Take a row's blocks away and let its sequence wait again (PRE-1)."""
-        self._enter_settled_blocks(row)
+        self.cache.enter_settled(row)
         sequence = self._requeue(row)
         sequence.request.num_preemptions += 1
         self.num_preemptions += 1
@@ -138,12 +136,6 @@ class Roster:
         if sequence.status is Status.RUNNING:
             self._requeue(sequence.row)
         sequence.trusted_from = self.table.next_ticket
-
-    def _enter_settled_blocks(self, row: int) -> None:
-        """Let others find what the steps behind a row's last token have written."""
-        table, rows = self.table, np.array([row], np.int32)
-        settled = np.minimum(table.num_computed[rows], table.num_known[rows] - 1)
-        self.cache.enter(rows, settled)
 
     def _requeue(self, row: int) -> SequenceState:
         table = self.table
@@ -197,7 +189,7 @@ class Roster:
         """Let go of a sequence, wherever it is (CANCEL-1)."""
         if sequence.status is Status.RUNNING:
             if reason is not FinishReason.ERROR:
-                self._enter_settled_blocks(sequence.row)
+                self.cache.enter_settled(sequence.row)
             self.pager.free(sequence.row)
             self.table.remove(sequence.row)
         elif sequence.status is Status.DEFERRED:

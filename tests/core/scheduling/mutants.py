@@ -68,7 +68,7 @@ def drive(folder: str, operations: int, seed: int) -> tuple[str | None, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--operations", type=int, default=40_000, help="most, for each mutant")
+    parser.add_argument("--operations", type=int, default=100_000, help="most, for each mutant")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="mutants whose names contain this")
     parser.add_argument("--jobs", type=int, default=2)

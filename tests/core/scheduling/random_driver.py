@@ -25,30 +25,22 @@ MOST_BYTES = 4 << 30
 
 def random_config(rng: random.Random) -> WorldConfig:
     """A world in which prefixes are shared, memory is short and hashes collide."""
-    size = rng.choice([1, 2, 2, 3, 4])
+    return rng.choice([mixed_world, mixed_world, crowd, windowed_world])(rng)
+
+
+def mixed_world(rng: random.Random) -> WorldConfig:
+    """A bit of everything."""
     num_seqs = rng.choice([1, 2, 3, 4, 4, 6])
-    windows = rng.choice([(None,)] * 4 + [(None, 3), (2,), (4,), (6,), (None, 5, 2)])
     max_model_len = rng.choice([8, 12, 16, 24])
     chunked = rng.random() < 0.8
     budget = max(num_seqs, rng.choice([1, 7, 64, ENDLESS]))
-    if rng.random() < 0.25:  # a crowd that preempts all the time
-        return WorldConfig(
-            num_blocks=rng.randint(12, 16),
-            block_size=2,
-            max_num_seqs=6,
-            budget=64,
-            max_model_len=24,
-            depth=rng.choice([1, 2]),
-            prefix_caching=rng.random() < 0.7,
-            priorities=rng.random() < 0.7,
-        )
     return WorldConfig(
         num_blocks=rng.choice(POOL_SIZES),
-        block_size=size,
+        block_size=rng.choice([1, 2, 2, 3, 4]),
         max_num_seqs=num_seqs,
         budget=budget if chunked else max(budget, max_model_len),
         max_model_len=max_model_len,
-        windows=windows,
+        windows=rng.choice([(None,), (None,), (None, 3), (6,)]),
         vocab_size=rng.choice([2, 3]),
         depth=rng.choice([1, 2]),
         prefix_caching=rng.random() < 0.85,
@@ -58,6 +50,34 @@ def random_config(rng: random.Random) -> WorldConfig:
         threshold=rng.choice([0, 0, 0, 3]),
         reserves_all=rng.random() < 0.8,
         watermark=rng.choice([0.0, 0.0, 0.2]),
+    )
+
+
+def crowd(rng: random.Random) -> WorldConfig:
+    """Many who grow in a pool that is too small for them: preemption all the time."""
+    return WorldConfig(
+        num_blocks=rng.randint(12, 16),
+        block_size=rng.choice([2, 2, 4]),
+        max_num_seqs=6,
+        budget=64,
+        max_model_len=24,
+        depth=rng.choice([1, 2]),
+        prefix_caching=rng.random() < 0.7,
+        priorities=rng.random() < 0.7,
+    )
+
+
+def windowed_world(rng: random.Random) -> WorldConfig:
+    """Layers that forget: blocks come back early, and hits have nothing in front."""
+    return WorldConfig(
+        num_blocks=rng.randint(20, 40),
+        block_size=rng.choice([1, 2]),
+        max_num_seqs=4,
+        budget=rng.choice([7, 64]),
+        max_model_len=24,
+        windows=rng.choice([(2,), (4,), (6,), (8,), (None, 3), (None, 5, 2), (5, None)]),
+        depth=rng.choice([1, 2, 2]),
+        prefix_caching=rng.random() < 0.85,
     )
 
 
