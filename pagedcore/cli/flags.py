@@ -55,10 +55,12 @@ def parameters(
     skip: Collection[str] = (),
     rename: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    listed: Collection[str] = (),
 ) -> list[inspect.Parameter]:
     """A flag for each field of a dataclass, but those to `skip`.
 
-    `rename` gives another name; `defaults` is for commands that have their own.
+    `rename` gives another name; `defaults` is for commands that have their own. Those that are
+    `listed` take all values that follow them: for commands without other arguments.
     """
     hints, docs = get_type_hints(declaration), field_docs(declaration)
     group = Group(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", declaration.__name__.removesuffix("Config")))
@@ -74,6 +76,7 @@ def parameters(
             group=group,
             converter=converter,
             show_default=default not in (None, ()),
+            consume_multiple=declared.name in listed,
         )
         flags.append(
             inspect.Parameter(name, _KEYWORD, default=default, annotation=Annotated[kind, about])

@@ -2,9 +2,13 @@
 
 import pytest
 
-from pagedcore_kernels.bench.checks import Check, check_kernels
+from pagedcore.errors import ConfigError
+from pagedcore.execution.kernel_bench import Check, Measured
+from pagedcore_kernels.backend import TritonOps
+from pagedcore_kernels.bench.checks import check_kernels
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
 from pagedcore_kernels.bench.speed import AttentionCase
+from pagedcore_kernels.bench.suite import decode_cases, extend_cases
 
 
 def test_every_check_passes_and_there_is_one_for_each_kernel(device):
@@ -37,3 +41,35 @@ def test_small_data_is_rotated_and_large_data_is_not():
 def test_times_are_positive_and_in_order():
     passed = time_calls([lambda: None])
     assert 0 < passed.least <= passed.median <= passed.p99
+
+
+def test_the_backend_times_every_kernel_and_both_ceilings(device):
+    ops = TritonOps(device)
+    assert isinstance(ops, Measured)
+    bench = ops.kernel_bench(small=True)
+    assert all(rate > 0 for rate in bench.ceilings().values())
+    figures = list(bench.figures())
+    assert {figure.kernel for figure in figures} == {
+        *("decode_attention", "extend_attention", "rope_and_cache"),
+        *("rms_norm", "add_rms_norm", "silu_mul", "moe"),
+    }
+    assert all(figure.rate > 0 and figure.unit in bench.ceilings() for figure in figures)
+
+
+def test_settings_of_one_kernel_are_tried_in_turn(device):
+    bench = TritonOps(device).kernel_bench(small=True)
+    first = next(bench.trials("decode"))
+    assert first.rate > 0
+    assert first.case == "B 2 ctx 3-70 heads 4/2"
+    with pytest.raises(ConfigError, match="decode and extend"):
+        bench.trials("copy")
+
+
+def test_no_room_for_one_block_is_refused(device):
+    with pytest.raises(ConfigError, match="cache_gib"):
+        TritonOps(device).kernel_bench(cache_gib=1e-6)
+
+
+def test_cases_have_names_of_their_own():
+    names = [str(case) for case in (*decode_cases(), *extend_cases())]
+    assert len(set(names)) == len(names)

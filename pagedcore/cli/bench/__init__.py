@@ -23,3 +23,8 @@ app.command(
     name="startup",
     help="Seconds until a new process can answer.",
 )
+app.command(
+    "pagedcore.cli.bench.kernels:kernels",
+    name="kernels",
+    help="Rates of a backend's kernels, beside what the device can do.",
+)

@@ -47,6 +47,9 @@ class Outcome:
     latency: float = 0.0
     """From sending to the last piece of text (E2EL)."""
 
+    texts: list[str] = field(default_factory=list)
+    """The pieces of text."""
+
     @property
     def time_per_token(self) -> float | None:
         """Seconds per token after the first (TPOT); None for answers of one token."""
@@ -138,8 +141,10 @@ def _note(outcome: Outcome, event: Mapping[str, Any], last: float) -> float:
     usage = event.get("usage") or {}
     outcome.num_input = usage.get("prompt_tokens", outcome.num_input)
     outcome.num_output = usage.get("completion_tokens", outcome.num_output)
-    if not any(_text(choice) for choice in event.get("choices", ())):
+    text = "".join(_text(choice) for choice in event.get("choices", ()))
+    if not text:
         return last
+    outcome.texts.append(text)
     now = time.perf_counter()
     if last == outcome.started:
         outcome.time_to_first = now - outcome.started

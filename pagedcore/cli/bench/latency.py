@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pagedcore.cli.bench.load import random_requests
-from pagedcore.cli.bench.report import PERCENTILES, percentiles, progress, save, show
+from pagedcore.cli.bench.report import PERCENTILES, drawable, percentiles, progress, save, show
 from pagedcore.cli.flags import command, engine_parameters, parameters, take
 from pagedcore.config import DEFAULT_MODEL
 from pagedcore.errors import ConfigError
@@ -41,7 +41,12 @@ class Benchmark:
     output_json: str | None = None
     """File for the result."""
 
+    plot: str | None = None
+    """File for a chart (PNG) of the seconds of each batch."""
+
     def __post_init__(self) -> None:
+        if self.plot is not None:
+            drawable(self.plot)
         if self.num_iters < 1 or self.num_iters_warmup < 0:
             raise ConfigError("num_iters must be at least 1 and num_iters_warmup not negative")
 
@@ -91,4 +96,9 @@ def latency(model: str = DEFAULT_MODEL, **options: Any) -> int:
     show("Latency of a batch", rows)  # type: ignore[arg-type]
     if wanted.output_json:
         save(Path(wanted.output_json), result)
+    if wanted.plot:
+        from pagedcore.cli.bench.plot import draw_latency
+
+        title = f"{model}: {wanted.batch_size} x {wanted.input_len} in, {wanted.output_len} out"
+        draw_latency(Path(wanted.plot), title, counted)
     return 0

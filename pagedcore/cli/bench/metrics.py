@@ -1,13 +1,14 @@
 """What a server's benchmark reports: totals, rates, and statistics of latencies."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pagedcore.cli.bench.client import Outcome
 from pagedcore.cli.bench.report import percentiles
+from pagedcore.cli.bench.timeline import running_requests, token_rates
 from pagedcore.errors import ConfigError
 
 METRICS = {
@@ -42,11 +43,17 @@ def summary(
         "request_throughput": len(done) / duration,
         "output_throughput": num_output / duration,
         "total_token_throughput": (num_input + num_output) / duration,
+        "request_goodput": None,
+        "max_output_tokens_per_s": 0.0,
+        "max_concurrent_requests": 0,
     }
     if goals:
         result["request_goodput"] = sum(_is_good(outcome, goals) for outcome in done) / duration
+    if done:
+        result["max_output_tokens_per_s"] = float(token_rates(done)[1].max())
+        result["max_concurrent_requests"] = int(running_requests(done)[1].max())
     for name in metrics:
-        values = [1000 * value for outcome in done for value in _values(outcome, name)]
+        values = values_ms(done, name)
         if not values:  # such as answers of one token each, which have no interval
             continue
         result[f"mean_{name}_ms"] = float(np.mean(values))
@@ -55,6 +62,11 @@ def summary(
         for percentile, value in percentiles(values, wanted).items():
             result[f"p{percentile}_{name}_ms"] = value
     return result
+
+
+def values_ms(done: Iterable[Outcome], metric: str) -> list[float]:
+    """All values of a metric in milliseconds, of requests that were answered."""
+    return [1000 * value for outcome in done for value in _values(outcome, metric)]
 
 
 def _values(outcome: Outcome, metric: str) -> list[float]:
@@ -111,12 +123,15 @@ def parse_percentiles(text: str) -> list[float]:
 
 
 def details(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
-    """The numbers of each request; times are seconds."""
+    """The numbers of each request; times are seconds, those of starts from the first of them."""
+    begin = min(outcome.started for outcome in outcomes)
     return {
         "input_lens": [outcome.num_input for outcome in outcomes],
         "output_lens": [outcome.num_output for outcome in outcomes],
+        "start_times": [outcome.started - begin for outcome in outcomes],
         "ttfts": [outcome.time_to_first for outcome in outcomes],
         "itls": [outcome.intervals for outcome in outcomes],
         "e2els": [outcome.latency for outcome in outcomes],
+        "generated_texts": ["".join(outcome.texts) for outcome in outcomes],
         "errors": [outcome.error or "" for outcome in outcomes],
     }
