@@ -82,8 +82,10 @@ def build_executor(
     def size_cache(available: int) -> tuple[int, int]:
         """Blocks for `available` bytes, and the longest sequence that is taken."""
         num_blocks = memory.count_blocks(config.cache, available, make.block_bytes)
+        budget = config.scheduler.max_num_batched_tokens
+        assert budget is not None
         length = memory.check_length(
-            asked, own_length, groups, num_blocks, make.block_size, make.block_bytes
+            asked, own_length, groups, num_blocks, make.block_size, make.block_bytes, budget
         )
         return num_blocks, length
 

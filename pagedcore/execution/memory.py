@@ -89,14 +89,16 @@ def count_blocks(cache: CacheConfig, available: int, block_bytes: int) -> int:
     return max(available, 0) // block_bytes
 
 
-def longest_that_fits(groups: Sequence[CacheGroup], num_blocks: int, block_size: int) -> int:
+def longest_that_fits(
+    groups: Sequence[CacheGroup], num_blocks: int, block_size: int, max_num_batched_tokens: int
+) -> int:
     """Most tokens of one sequence that a pool holds; 0 when it holds none."""
     low, high = 0, max(num_blocks - 1, 0) * block_size
     if all(group.spec.window is not None for group in groups):
         high = 2**31 - 1  # windows leave blocks behind, so that length may not matter
     while low < high:
         middle = (low + high + 1) // 2
-        if _blocks_for(groups, middle, block_size) <= num_blocks - 1:
+        if _blocks_for(groups, middle, block_size, max_num_batched_tokens) <= num_blocks - 1:
             low = middle
         else:
             high = middle - 1
@@ -110,19 +112,21 @@ def check_length(
     num_blocks: int,
     block_size: int,
     block_bytes: int,
+    max_num_batched_tokens: int,
 ) -> int:
     """The engine's max_model_len: `asked`, or the model's `own`, as MEM-6 allows.
 
     -1 takes the largest that fits, at most the model's own. Raises ConfigError, with what is
     needed, what is there and the largest length that fits, when one sequence would not.
     """
-    longest = longest_that_fits(groups, num_blocks, block_size)
+    longest = longest_that_fits(groups, num_blocks, block_size, max_num_batched_tokens)
     wanted = own if asked in (None, -1) else asked
     assert wanted is not None
     if asked == -1:
         wanted = min(own, longest)
     if wanted > longest or wanted < 1:
-        needed = _blocks_for(groups, max(wanted, 1), block_size) * block_bytes
+        num_needed = _blocks_for(groups, max(wanted, 1), block_size, max_num_batched_tokens)
+        needed = num_needed * block_bytes
         there = max(num_blocks - 1, 0) * block_bytes
         raise ConfigError(
             f"a sequence of max_model_len={max(wanted, 1)} needs {in_gib(needed)} GiB of cache "
@@ -133,12 +137,19 @@ def check_length(
     return wanted
 
 
-def _blocks_for(groups: Sequence[CacheGroup], length: int, block_size: int) -> int:
-    """Blocks that one sequence of `length` tokens holds at most at a time, when it decodes."""
+def _blocks_for(
+    groups: Sequence[CacheGroup], length: int, block_size: int, max_num_batched_tokens: int
+) -> int:
+    """Blocks that one sequence of `length` tokens holds at most at a time, alone in the pool.
+
+    A window leaves blocks behind only once a step has run that looks back on them: beside the
+    window, it holds what one step computes. The scheduler counts in the same way.
+    """
     total = 0
+    chunk = min(length, max_num_batched_tokens)
     for group in groups:
         blocks = -(-length // block_size)
         if group.spec.window is not None:
-            blocks = min(blocks, -(-group.spec.window // block_size) + 1)
+            blocks = min(blocks, -(-(group.spec.window - 1 + chunk) // block_size) + 1)
         total += blocks
     return total

@@ -98,11 +98,11 @@ def paused():
 class TinyModel:
     """A model folder, and what transformers says of it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, family="llama", **fields):
         from pagedcore.testing.tiny_models import save_tiny_model
 
         self.folder = folder
-        self.reference = save_tiny_model(folder, num_hidden_layers=2)
+        self.reference = save_tiny_model(folder, family, num_hidden_layers=2, **fields)
 
     def llm(self, *, in_flight=False, **options):
         """The model in float32 with room for a few sequences; `options` go over that.
@@ -142,3 +142,10 @@ class TinyModel:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     return TinyModel(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def windowed(tmp_path_factory):
+    """The same with two groups of caches: its second layer looks back 12 positions only."""
+    window = dict(use_sliding_window=True, sliding_window=12, max_window_layers=1)
+    return TinyModel(tmp_path_factory.mktemp("windowed"), "qwen2", **window)

@@ -60,6 +60,11 @@ def expected(tiny):
 
 
 @pytest.fixture(scope="module")
+def expected_windowed(windowed):
+    return [windowed.greedy(prompt, NUM_TOKENS) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
 def sampled(tiny):
     """What each prompt gives alone, with a seed of its own."""
     with tiny.llm(max_num_seqs=1) as llm:
@@ -110,6 +115,18 @@ def test_greedy_tokens_are_those_of_transformers(tiny, expected, setting, in_fli
         stats = llm.engine.stats()
         assert (stats["num_preemptions"] > 0) == ("preempted" in setting)
         assert (stats["prefix_cache_hits"] > 0) == ("no prefix cache" not in setting)
+        assert_nothing_is_left(llm)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_windows_change_nothing_of_that(windowed, expected_windowed, setting):  # SLOT-6
+    options = SETTINGS[setting]
+    if "preempted" in setting:  # a window leaves nothing behind before a whole prompt has run
+        options = options | dict(num_gpu_blocks_override=52)
+    with windowed.llm(**options) as llm:
+        assert tokens_of(llm, PROMPTS) == expected_windowed
+        assert tokens_of(llm, PROMPTS[::-1]) == expected_windowed[::-1]
+        assert (llm.engine.stats()["num_preemptions"] > 0) == ("preempted" in setting)
         assert_nothing_is_left(llm)
 
 
@@ -216,13 +233,15 @@ def engines(draw):
     """Settings of an engine that is short of one thing or another."""
     block_size = draw(st.sampled_from([1, 2, 4, 16]))
     max_num_seqs = draw(st.integers(1, 6))
+    budget = max_num_seqs + draw(st.integers(0, 80))
     longest = -(-100 // block_size)
+    in_window = min(longest, -(-(11 + budget) // block_size) + 1)
     return dict(
         block_size=block_size,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 80)),
+        max_num_batched_tokens=budget,
         max_model_len=100,
-        num_gpu_blocks_override=longest + 1 + draw(st.integers(0, longest)),
+        num_gpu_blocks_override=longest + in_window + 1 + draw(st.integers(0, longest)),
         enable_prefix_caching=draw(st.booleans()),
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 3])),
         scheduler_reserve_full_isl=draw(st.booleans()),
@@ -230,20 +249,20 @@ def engines(draw):
     )
 
 
+KINDS = st.sampled_from(["add", "add", "fork", "abort"])
 EVENTS = st.lists(
-    st.tuples(
-        st.sampled_from(["add", "add", "fork", "abort"]), st.integers(0, 19), st.integers(0, 4)
-    ),
-    min_size=4,
-    max_size=24,
+    st.tuples(KINDS, st.integers(0, len(PROMPTS) - 1), st.integers(0, 4)), min_size=4, max_size=24
 )
-"""What happens, to which prompt or live request, and after how many steps."""
+"""What happens, to which prompt or live request, and how many steps follow."""
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(options=engines(), events=EVENTS)
-def test_whatever_happens_tokens_are_those_of_transformers(tiny, expected, options, events):
-    with tiny.llm(**options) as llm:
+@given(options=engines(), events=EVENTS, has_window=st.booleans())
+def test_whatever_happens_tokens_are_those_of_transformers(
+    tiny, expected, windowed, expected_windowed, options, events, has_window
+):
+    model, known = (windowed, expected_windowed) if has_window else (tiny, expected)
+    with model.llm(**options) as llm:
         tokens, prompt_of, gone = {}, {}, set()
         for number, (kind, which, num_steps) in enumerate(events):
             live = [i for i in prompt_of if i not in gone and len(tokens[i]) < NUM_TOKENS - 2]
@@ -262,5 +281,5 @@ def test_whatever_happens_tokens_are_those_of_transformers(tiny, expected, optio
         run(llm, tokens)
         for number, which in prompt_of.items():
             if number not in gone:
-                assert tokens[number] == expected[which]
+                assert tokens[number] == known[which]
         assert_nothing_is_left(llm)

@@ -8,6 +8,8 @@ from pagedcore.cache_spec import CacheSpec, group_layers
 from pagedcore.config import CacheConfig
 from pagedcore.errors import ConfigError
 from pagedcore.execution import memory
+from pagedcore.scheduling.blocks import BlockPool
+from pagedcore.scheduling.paging import Pager
 
 GIB = memory.GIB
 
@@ -22,7 +24,7 @@ def test_a_block_has_the_bytes_of_the_rules_example():
     block = memory.bytes_per_block(layers(*[None] * 32), 16, 2)
     assert block == 2 * 2**20
     assert memory.count_blocks(CacheConfig(), 10 * GIB, block) == 5120
-    assert memory.longest_that_fits(layers(None), 5120, 16) == 81_904
+    assert memory.longest_that_fits(layers(None), 5120, 16, 8192) == 81_904
 
 
 def test_layers_of_two_groups_share_memory():
@@ -67,35 +69,29 @@ def test_a_sequence_that_does_not_fit_stops_the_start_with_the_largest_that_does
     """MEM-6"""
     groups = layers(None)
     block = memory.bytes_per_block(groups, 16, 2)
-    assert memory.check_length(None, 4096, groups, 257, 16, block) == 4096
+    assert memory.check_length(None, 4096, groups, 257, 16, block, 8192) == 4096
     with pytest.raises(ConfigError, match="largest max_model_len that fits is 4080"):
-        memory.check_length(None, 4096, groups, 256, 16, block)
-    assert memory.check_length(-1, 4096, groups, 256, 16, block) == 4080
-    assert memory.check_length(-1, 2048, groups, 256, 16, block) == 2048
-    assert memory.check_length(100, 4096, groups, 256, 16, block) == 100
+        memory.check_length(None, 4096, groups, 256, 16, block, 8192)
+    assert memory.check_length(-1, 4096, groups, 256, 16, block, 8192) == 4080
+    assert memory.check_length(-1, 2048, groups, 256, 16, block, 8192) == 2048
+    assert memory.check_length(100, 4096, groups, 256, 16, block, 8192) == 100
 
 
 def test_an_empty_pool_holds_nothing():
     with pytest.raises(ConfigError, match="largest max_model_len that fits is 0"):
-        memory.check_length(-1, 4096, layers(None), 0, 16, 1)
+        memory.check_length(-1, 4096, layers(None), 0, 16, 1, 8192)
 
 
 @given(
     windows=st.lists(st.sampled_from([None, 1, 16, 100]), min_size=1, max_size=3),
     num_blocks=st.integers(0, 60),
     block_size=st.sampled_from([1, 4, 16]),
+    budget=st.sampled_from([1, 16, 100, 2000]),
 )
-def test_the_largest_length_fits_and_the_next_does_not(windows, num_blocks, block_size):
+def test_the_largest_length_is_what_the_scheduler_takes(windows, num_blocks, block_size, budget):
+    """MEM-6: no accepted request is too large for an empty pool, and none that fits is refused."""
     groups = layers(*windows)
-    longest = memory.longest_that_fits(groups, num_blocks, block_size)
-    fits = [n for n in range(1, 1200) if _blocks(groups, n, block_size) <= num_blocks - 1]
+    longest = memory.longest_that_fits(groups, num_blocks, block_size, budget)
+    pager = Pager(BlockPool(2), None, groups, block_size)
+    fits = [n for n in range(1, 1200) if pager.num_needed(n, min(n, budget)) <= num_blocks - 1]
     assert min(longest, 1199) == max(fits, default=0)
-
-
-def _blocks(groups, length, block_size):
-    total = 0
-    for group in groups:
-        full = -(-length // block_size)
-        window = group.spec.window
-        total += full if window is None else min(full, -(-window // block_size) + 1)
-    return total
