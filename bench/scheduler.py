@@ -73,7 +73,8 @@ def measure(rows: int, block_size: int, depth: int, steps: int) -> dict[str, flo
         scheduler.finish_step(plan, result)
         following = scheduler.plan_step()
         times.append((time.thread_time_ns() - started) / 1e3)
-        assert following is not None and len(following.rows) == rows
+        assert following is not None
+        assert len(following.rows) == rows
         in_flight.append(following)
     times = times[warm:]
     return {
