@@ -223,11 +223,8 @@ COUNTED = ("generation_tokens", "num_preemptions", "prefix_cache_hits", "fork_re
            "cow_block_copies", "request_success_error", "request_success_abort")  # fmt: skip
 
 
-def run(operations: int, seed: int, report=None) -> Counter[str]:
-    """Run that many operations in a row of worlds; what happened, by name.
-
-    `report` is called with the number of operations done before each.
-    """
+def run(operations: int, seed: int) -> Counter[str]:
+    """Run that many operations in a row of worlds; what happened, by name."""
     totals: Counter[str] = Counter()
     while totals["operations"] < operations:
         rng = random.Random(f"{seed}/{totals['worlds']}")
@@ -236,8 +233,6 @@ def run(operations: int, seed: int, report=None) -> Counter[str]:
         try:
             driver = Driver(rng, config)
             while count < min(OPERATIONS_PER_WORLD, operations - totals["operations"]):
-                if report is not None:
-                    report(totals["operations"] + count)
                 last = driver.step()
                 count += 1
             driver.world.drain()

@@ -321,3 +321,34 @@ def test_limits_that_contradict_each_other_are_refused(make_rig):
     with pytest.raises(ConfigError, match="must be resolved"):
         make_rig(budget=None)
     assert SchedulerConfig().max_num_seqs is None
+
+
+def test_a_giant_prompt_is_not_starved_by_small_ones(make_rig):
+    """SCHED-12, R17: under FCFS nobody overtakes it, though small ones would fit all the time."""
+    rig = make_rig(num_blocks=21, budget=16, max_num_seqs=8, max_model_len=40)
+    for i in range(4):
+        rig.add([i] * 4, max_tokens=4)
+    rig.step()
+    giant = rig.add(range(34), max_tokens=1)
+    behind = []
+    for i in range(12):
+        behind.append(rig.add([i] * 4, max_tokens=4))
+        rig.step()
+        if giant in rig.running:
+            break
+        assert not set(behind) & set(rig.running)
+    assert giant in rig.running or rig.sequence(giant) is None
+    assert len(behind) < 6
+    assert set(rig.run().values()) == {FinishReason.LENGTH}
+
+
+def test_a_small_prompt_waits_for_a_giant_no_longer_than_its_chunks_take(make_rig):
+    """EN-19"""
+    rig = make_rig(num_blocks=200, budget=16, max_model_len=300)
+    rig.add(range(250), max_tokens=9)
+    small = rig.add([1, 2, 3], max_tokens=1)
+    steps = 0
+    while rig.sequence(small):
+        rig.step()
+        steps += 1
+    assert steps == 16  # 250 tokens in chunks of 16
