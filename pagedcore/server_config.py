@@ -108,10 +108,16 @@ class ServerConfig:
     """Report usage in every chunk of every stream."""
 
     max_inflight_per_key: int = 0
-    """Most HTTP requests of one API key at the same time; more are 429. 0 is no limit."""
+    """Most HTTP requests of one API key at the same time; more are 429. 0 is no limit.
+
+    Each front-end process counts for itself, and all callers without a key as one.
+    """
 
     max_requests_per_minute: int = 0
-    """Most inference requests of one API key in any minute; more are 429. 0 is no limit."""
+    """Most inference requests of one API key in any minute; more are 429. 0 is no limit.
+
+    It is counted as `max_inflight_per_key` is.
+    """
 
     trust_request_chat_template: bool = False
     """Let requests bring their own chat template (REQ-9)."""

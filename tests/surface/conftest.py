@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,36 +40,36 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
-HOSTILE = pytest.StashKey[Counter]()
-"""Hostile inputs that were tried, by how each ended."""
-
 
 def pytest_configure(config):
-    config.stash[HOSTILE] = Counter()
-    config.addinivalue_line(
-        "markers", "hostile(name): an input of reliability.md that must not hurt"
-    )
+    config.addinivalue_line("markers", "hostile(*rows): inputs that must not hurt, by numbers")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.when == "call" and item.get_closest_marker("hostile") is not None:
-        report.user_properties.append(("hostile", report.outcome))
+    marker = item.get_closest_marker("hostile")
+    if report.when == "call" and marker is not None:
+        report.user_properties.append(("hostile", [report.outcome, *marker.args]))
     return report
 
 
 def pytest_terminal_summary(terminalreporter):
-    outcomes = Counter(
+    tried = [
         value
         for reports in terminalreporter.stats.values()
         for report in reports
         for name, value in getattr(report, "user_properties", ())
         if name == "hostile"
-    )
-    if outcomes:
-        total = outcomes.total()
-        terminalreporter.write_line(f"hostile inputs withstood: {outcomes['passed']} of {total}")
+    ]
+    if tried:
+        withstood = sum(outcome == "passed" for outcome, *_ in tried)
+        rows = {row for _, *named in tried for row in named}
+        broken = {row for outcome, *named in tried if outcome != "passed" for row in named}
+        terminalreporter.write_line(
+            f"hostile inputs withstood: {withstood} of {len(tried)}, "
+            f"which are {len(rows - broken)} of {len(rows)} rows IN-*"
+        )
 
 
 def write_model(folder, template=TEMPLATE):
@@ -346,12 +345,15 @@ def shared(start):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left(shared):
-    """After each test: nothing runs any more, and a good request is served (EN-1)."""
+def _nothing_left(request, shared):
+    """After a test nothing runs any more; after a hostile one a good request is served (EN-1)."""
     yield
+    is_hostile = request.node.get_closest_marker("hostile") is not None
     for server in shared.running.values():
         server.engine.release()
         server.engine.wait_for_live(0)
+        if is_hostile and "api_key" not in server.options:
+            assert server.complete(max_tokens=1).status == 200
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def body_of(num_bytes):
     return body + b" " * (num_bytes - len(body))
 
 
+@pytest.mark.hostile("IN-35")
 def test_a_body_may_be_at_its_limit_and_not_above(small):
     assert small.request("POST", "/v1/completions", body_of(4000)).status == 200
     answer = small.request("POST", "/v1/completions", body_of(4001))
@@ -40,6 +41,7 @@ def test_a_body_may_be_at_its_limit_and_not_above(small):
     assert answer.headers["connection"] == "close"
 
 
+@pytest.mark.hostile("IN-34")
 def test_a_chunked_body_is_counted_while_it_is_read(small):
     def chunked(body, size=1000):
         pieces = [body[i : i + size] for i in range(0, len(body), size)]
@@ -60,6 +62,7 @@ def test_a_body_that_is_far_too_large_is_refused_and_its_sender_hears_it(small):
     assert answer.status == 413
 
 
+@pytest.mark.hostile("IN-33")
 def test_headers_may_be_at_their_limits_and_not_above(small):
     few = {f"x-{i}": "v" for i in range(17)}  # and Host, Accept-Encoding, X-Pad
     fits = {**few, "x-pad": "p" * 1700}
@@ -70,6 +73,7 @@ def test_headers_may_be_at_their_limits_and_not_above(small):
     assert large.headers["connection"] == "close"
 
 
+@pytest.mark.hostile("IN-16")
 def test_brackets_may_be_at_their_limit_and_not_above(small):
     nested = {"a": 1}
     for _ in range(8):
@@ -78,6 +82,7 @@ def test_brackets_may_be_at_their_limit_and_not_above(small):
     assert small.complete(max_tokens=1, metadata={"a": nested}).error["code"] == 400
 
 
+@pytest.mark.hostile("IN-40")
 def test_a_slow_body_is_408_and_closes_the_connection(small):
     with small.connect() as link:
         link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
@@ -89,9 +94,10 @@ def test_a_slow_body_is_408_and_closes_the_connection(small):
     assert b"connection: close" in data
 
 
-@pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
-def test_slow_headers_are_closed_without_an_answer(small, start):
-    assert small.raw(start) == b""
+@pytest.mark.hostile("IN-40")
+@pytest.mark.parametrize("beginning", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+def test_slow_headers_are_closed_without_an_answer(small, beginning):
+    assert small.raw(beginning) == b""
 
 
 def test_a_kept_connections_next_headers_have_a_deadline_too(small):
