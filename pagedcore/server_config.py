@@ -62,6 +62,9 @@ class ServerConfig:
     max_json_depth: int = 128
     """Most brackets within each other in a body; more is 400."""
 
+    max_json_values: int = 1_000_000
+    """Most values in a body, counted by its commas; more is 400."""
+
     max_header_bytes: int = 64 * 2**10
     """Most bytes of all headers of a request; more is 431."""
 
@@ -188,6 +191,7 @@ _LEAST: dict[str, int] = {
     "max_request_bytes": 1,
     "max_body_chunks": 1,
     "max_json_depth": 1,
+    "max_json_values": 1,
     "max_header_bytes": 1,
     "max_header_count": 1,
     "max_n": 1,

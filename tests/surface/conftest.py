@@ -403,6 +403,7 @@ def small(shared):
         max_header_count=20,
         max_body_chunks=20,
         max_json_depth=10,
+        max_json_values=50,
         max_n=3,
         max_prompts_per_request=4,
         max_stop_strings=2,

@@ -92,6 +92,7 @@ def test_no_bias_is_no_number(server, value):
         {"prompt": ["x"] * 100_000},
         {"prompt": [[97]] * 100_000},
         {"prompt": [97] * 1_000_000},
+        {"stop_token_ids": [97] * 4_000_000},
         {"prompt": "x" * 5_000_000},
         {"n": 129},
         {"n": 128, "prompt": ["a"] * 1025},

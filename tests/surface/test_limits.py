@@ -82,6 +82,17 @@ def test_brackets_may_be_at_their_limit_and_not_above(small):
     assert small.complete(max_tokens=1, metadata={"a": nested}).error["code"] == 400
 
 
+@pytest.mark.hostile("IN-24")
+def test_values_may_be_at_their_limit_and_not_above(small):
+    def body(count):
+        return b'{"prompt": "abc", "max_tokens": 1, "metadata": {"a": [%s]}}' % b",".join(
+            [b"1"] * count
+        )
+
+    assert small.request("POST", "/v1/completions", body(49)).status == 200
+    assert small.request("POST", "/v1/completions", body(50)).error["code"] == 400
+
+
 @pytest.mark.hostile("IN-40")
 def test_a_slow_body_is_408_and_closes_the_connection(small):
     with small.connect() as link:

@@ -22,11 +22,14 @@ _TOOL = frozenset({"type", "function"})
 _FUNCTION = frozenset({"name", "description", "parameters", "strict"})
 
 
-def parse_object(body: bytes, max_depth: int) -> dict[str, Any]:
+def parse_object(body: bytes, max_depth: int, max_values: int) -> dict[str, Any]:
     """The JSON object of a body; raises RequestError for anything else (REQ-5).
 
-    So it does for brackets that stand more than `max_depth` deep within each other.
+    So it does for brackets that stand more than `max_depth` deep within each other, and for more
+    than `max_values` commas: a long list is parsed in one go, while nothing else can run.
     """
+    if body.count(b",") > max_values:
+        raise RequestError(f"the body may have at most {max_values} commas: send less at once")
     try:
         value = json.loads(
             body.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant

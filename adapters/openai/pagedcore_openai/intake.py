@@ -37,10 +37,11 @@ class Intake:
         if kind and kind != "application/json" and not kind.endswith("+json"):
             raise ApiError(415, f"the body must be application/json, not {kind[:80]}")
         body = await request.body()
-        max_depth = self._surface.server.max_json_depth
+        server = self._surface.server
+        limits = (server.max_json_depth, server.max_json_values)
         if len(body) > _LARGE_BODY_BYTES:
-            return await self._surface.in_thread(parse_object, body, max_depth)
-        return parse_object(body, max_depth)
+            return await self._surface.in_thread(parse_object, body, *limits)
+        return parse_object(body, *limits)
 
     def checked(self, kind: type[Kind], body: dict[str, Any]) -> tuple[Kind, dict[str, str]]:
         """The fields, by type, and the header that names ignored ones (REQ-2, REQ-3)."""

@@ -25,20 +25,26 @@ VALUES = st.recursive(
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_object_or_a_request_error(body):  # IN-42
     with contextlib.suppress(RequestError):
-        assert isinstance(parse_object(body, 128), dict)
+        assert isinstance(parse_object(body, 128, 10**6), dict)
 
 
 @given(st.dictionaries(st.text(), VALUES))
 def test_an_object_is_read_as_it_was_written(value):
-    assert parse_object(json.dumps(value).encode(), 128) == json.loads(json.dumps(value))
+    assert parse_object(json.dumps(value).encode(), 128, 10**6) == json.loads(json.dumps(value))
 
 
 @pytest.mark.parametrize("depth", [1, 5, 128])
 def test_brackets_are_counted_from_the_outermost(depth):  # IN-16
     body = b'{"a":' * depth + b"1" + b"}" * depth
-    assert parse_object(body, depth)
+    assert parse_object(body, depth, 9)
     with pytest.raises(RequestError, match="too deeply"):
-        parse_object(body, depth - 1)
+        parse_object(body, depth - 1, 9)
+
+
+def test_values_are_counted_before_they_are_read():  # IN-24
+    assert parse_object(b'{"a": [1, 2, 3]}', 9, 2)
+    with pytest.raises(RequestError, match="at most 1 commas"):
+        parse_object(b'{"a": [1, 2, 3]}', 9, 1)
 
 
 @given(st.lists(st.from_regex(r"[A-Za-z0-9_.%\[\]-]{1,60}", fullmatch=True), max_size=300))
