@@ -61,6 +61,33 @@ class Detokenizer:
         self._sent = self._decode(self._window)
         return self._joined(piece, token_id) if self._join_special else piece
 
+    def steps(self, token_ids: Sequence[int]) -> str:
+        """The same as `step` for each of them, joined: nearly always at the cost of one decode."""
+        if len(token_ids) >= _CONTEXT and not self._join_special:
+            piece = self._step_at_once(token_ids)
+            if piece is not None:
+                return piece
+        return "".join(map(self.step, token_ids))
+
+    def _step_at_once(self, token_ids: Sequence[int]) -> str | None:
+        """The text of many tokens by one decode; None where some bytes are no character (yet)."""
+        window = self._window + [
+            token
+            for token in token_ids
+            if not self._tokenizer.is_silent(token, skip_special_tokens=self._skip)
+        ]
+        text = self._decode(window)
+        if _REPLACEMENT in text or not text.startswith(self._sent):
+            return None
+        piece = text[len(self._sent) :]
+        for length in range(_CONTEXT, _CONTEXT + 4):  # one of them begins with a character
+            self._window = window[-length:]
+            self._sent = self._decode(self._window)
+            if _REPLACEMENT not in self._sent:
+                break
+        self._num_sent = len(self._window)
+        return piece
+
     def pending(self) -> str:
         """What is held back, as decoded: the end of the text if no token follows."""
         return self._added(self._decode(self._window))

@@ -64,6 +64,10 @@ class OutputText:
             return TextDelta("", len(token_ids), None)
         parts: list[str] = []
         body = token_ids if finish_reason is None else token_ids[:-1]
+        if self._stops is None:
+            parts.append(self._detokenizer.steps(body))
+            self._num_tokens += len(body)
+            body = []
         for count, token in enumerate(body, 1):
             self._num_tokens += 1
             stop = self._take(self._detokenizer.step(token), parts)

@@ -1,5 +1,7 @@
 """Text from tokens that arrive in pieces (semantics DETOK-1, 2, 10)."""
 
+import itertools
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -65,6 +67,26 @@ def test_byte_fallback_pieces_join_to_one_decode_unless_it_is_invalid(llama, pro
     text = "".join(streamed(llama, prompt, output))
     if "\ufffd" not in llama.decode([*prompt, *output]):
         assert text == added(llama, prompt, output, True)
+
+
+texts = st.text(st.sampled_from("the cat ä🙂\n漢 "), max_size=60)
+
+
+@relaxed
+@given(data=st.data(), kind=st.sampled_from(["byte_level", "metaspace", "llama"]), skip=skips)
+def test_many_tokens_at_once_are_the_text_of_each_after_another(request, data, kind, skip):
+    tokenizer = request.getfixturevalue(kind)
+    prompt = data.draw(tokens)
+    ids = st.one_of(tokens, texts.map(lambda text: tokenizer.encode(text, False)))
+    output = data.draw(st.lists(ids, max_size=6).map(lambda parts: sum(parts, [])))  # noqa: RUF017 few
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(output)), max_size=4)))
+    detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=skip)
+    pieces = [
+        detokenizer.steps(output[begin:end])
+        for begin, end in itertools.pairwise([0, *cuts, len(output)])
+    ]
+    one_by_one = streamed(tokenizer, prompt, output, skip_special_tokens=skip)
+    assert "".join(pieces) + detokenizer.pending() == "".join(one_by_one)
 
 
 def test_a_byte_run_that_turns_invalid_keeps_the_characters_before(llama):
