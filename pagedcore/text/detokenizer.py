@@ -71,22 +71,25 @@ class Detokenizer:
 
     def _step_at_once(self, token_ids: Sequence[int]) -> str | None:
         """The text of many tokens by one decode; None where some bytes are no character (yet)."""
-        window = self._window + [
-            token
-            for token in token_ids
-            if not self._tokenizer.is_silent(token, skip_special_tokens=self._skip)
-        ]
-        text = self._decode(window)
+        text = self._decode([*self._window, *token_ids])
         if _REPLACEMENT in text or not text.startswith(self._sent):
             return None
         piece = text[len(self._sent) :]
+        recent = self._audible(token_ids[-4 * _CONTEXT :])
+        if len(recent) < _CONTEXT + 3:
+            recent = self._audible([*self._window, *token_ids])
         for length in range(_CONTEXT, _CONTEXT + 4):  # one of them begins with a character
-            self._window = window[-length:]
+            self._window = recent[-length:]
             self._sent = self._decode(self._window)
             if _REPLACEMENT not in self._sent:
                 break
         self._num_sent = len(self._window)
         return piece
+
+    def _audible(self, token_ids: Sequence[int]) -> list[int]:
+        """The tokens that add to a text."""
+        silent, skip = self._tokenizer.is_silent, self._skip
+        return [token for token in token_ids if not silent(token, skip_special_tokens=skip)]
 
     def pending(self) -> str:
         """What is held back, as decoded: the end of the text if no token follows."""
@@ -99,11 +102,7 @@ class Detokenizer:
         """The prompt's last tokens, as many as it takes to have text before the output."""
         length = _CONTEXT
         while True:
-            end = [
-                token
-                for token in prompt[-length:]
-                if not self._tokenizer.is_silent(token, skip_special_tokens=self._skip)
-            ]
+            end = self._audible(prompt[-length:])
             if length >= len(prompt) or self._decode(end):
                 return end
             length *= 4
