@@ -7,6 +7,7 @@ with thousands of requests. What it produces depends on the request alone, never
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -103,6 +104,7 @@ class FakeEngine:
         self._max_num_queued_reqs = max_num_queued_reqs
         self._waiting: dict[int, _Sequence] = {}
         self._running: dict[int, _Sequence] = {}
+        self._num_ended: Counter[FinishReason] = Counter()
         self._seen_prompts: set[bytes] = set()
         self._held = False
         self._paused = False
@@ -146,6 +148,7 @@ class FakeEngine:
                 for state in (self._waiting, self._running):
                     if state.pop(request_id, None) is not None:
                         self.aborted.append(request_id)
+                        self._num_ended[FinishReason.ABORT] += 1
             self._changed.notify_all()
 
     def reset_prefix_cache(self) -> bool:
@@ -183,6 +186,7 @@ class FakeEngine:
             "num_requests_running": len(self._running),
             "num_requests_waiting": len(self._waiting),
             "num_steps": self.num_steps,
+            **{f"request_success_{reason}": n for reason, n in self._num_ended.items()},
         }
 
     def shutdown(self) -> None:
@@ -276,6 +280,7 @@ class FakeEngine:
             end = self._end_of(sequence, token)
             if end is not None:
                 output.finished.append(end)
+                self._num_ended[end.reason] += 1
                 del self._running[request_id]
         output.request_ids = np.array(ids, np.int64)
         output.tokens = np.array(tokens, np.int32)

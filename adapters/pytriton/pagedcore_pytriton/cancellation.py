@@ -10,11 +10,10 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-CANCEL_SOCKET = "pagedcore-cancel.sock"
-"""The same name as in `stub_model.py`, which cannot be imported here."""
+CANCEL_SOCKET = "{}-cancel.sock"
+"""By the model's name; the same as in `stub_model.py`, which cannot be imported here."""
 
 UID = "_pagedcore_uid"
 """The same, too: the request parameter that holds the uid."""
@@ -24,21 +23,22 @@ _MAX_NOTICE_BYTES = 256
 
 
 class Cancellations:
-    """Tasks by uid; a context manager, to be left when their event loop has ended."""
+    """Tasks by uid, all of one event loop."""
 
-    def __init__(self, workspace: Path) -> None:
+    def __init__(self, workspace: Path, model_name: str) -> None:
         """Bind the socket."""
-        self._path = workspace / CANCEL_SOCKET
+        self._path = workspace / CANCEL_SOCKET.format(model_name)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._socket.bind(str(self._path))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._closed = False
         self._early: deque[str] = deque(maxlen=_MAX_EARLY)
 
     @contextmanager
     def watch(self, uid: str) -> Iterator[None]:
         """While inside, the current task is cancelled when the request's client has gone."""
-        if self._loop is None:
+        if self._loop is None and not self._closed:
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(self._socket, self._receive)
         task = asyncio.current_task()
@@ -56,15 +56,13 @@ class Cancellations:
         for task in self._tasks.values():
             task.cancel()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Hear of nothing any more; in the event loop, unless that has ended or never began."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._loop is not None and self._loop.is_running():
+            self._loop.remove_reader(self._socket)
         self._socket.close()
         self._path.unlink(missing_ok=True)
 

@@ -2,25 +2,32 @@
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import CancelledError
 from typing import Any
 
-from pagedcore.engine.client import Chunk, EngineClient, Generation
+from pagedcore.engine.client import EngineClient
 from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
-from pagedcore.request import FinishReason
 from pagedcore.server_config import ServerConfig
-from pagedcore.text.inputs import EngineInput, InputProcessor
-from pagedcore.text.output_text import OutputText
+from pagedcore.text.inputs import EngineInput
+from pagedcore_openai.answer import Answer, Piece
+from pagedcore_openai.bounded_inputs import BoundedInputs
+from pagedcore_openai.counters import Slot
+from pagedcore_openai.errors import ApiError
+from pagedcore_openai.timing import now
 from pagedcore_pytriton import tensors
 from pagedcore_pytriton.cancellation import UID, Cancellations
-from pagedcore_pytriton.tensors import Asked, News
+from pagedcore_pytriton.tensors import Asked
 
 logger = logging.getLogger(__name__)
 
-PAUSE_S = 0.02
+PAUSE_S = 0.05
 """Seconds between two responses of a stream: each costs Triton more than a token costs us."""
+
+_ABORT_S = 5.0
 
 KEY_HEADER = "authorization"
 """The header of a gRPC request that brings a key: Triton hands it on as a parameter."""
@@ -41,30 +48,36 @@ class Completions:
     """The callable behind the model, for the one event loop that PyTriton runs it in."""
 
     def __init__(
-        self,
-        address: str,
-        inputs: InputProcessor,
-        server: ServerConfig,
-        cancellations: Cancellations,
+        self, address: str, server: ServerConfig, cancellations: Cancellations, slot: Slot
     ) -> None:
-        """`address` is the engine's socket."""
+        """`address` is the engine's socket, `slot` what this front end counts in."""
         self._client = EngineClient(address)
-        self._inputs = inputs
         self._server = server
+        self._digests = [_digest(key) for key in server.api_key]
         self._cancellations = cancellations
+        self._slot = slot
+        self._inputs: BoundedInputs | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = False
         self.num_active = 0
         """Requests that have not been answered."""
 
+    def begin(self, inputs: BoundedInputs) -> None:
+        """Serve from now on; before, requests are refused. For other threads, as what follows."""
+        self._inputs = inputs
+
     def drain(self) -> None:
-        """Refuse what comes from now on. For other threads, like `abort`."""
+        """Refuse what comes from now on."""
         self._draining = True
 
     def abort(self) -> None:
-        """End everything, and disconnect from the engine."""
-        if self._loop is not None:
-            asyncio.run_coroutine_threadsafe(self._abort(), self._loop).result()
+        """End everything, and disconnect from the engine. Calling it again does nothing."""
+        self._draining = True
+        if self._loop is not None and self._loop.is_running():
+            # The loop is PyTriton's, and may end on its own.
+            with contextlib.suppress(RuntimeError, TimeoutError, CancelledError):
+                asyncio.run_coroutine_threadsafe(self._abort(), self._loop).result(_ABORT_S)
+        self._cancellations.close()
 
     async def infer(self, requests: list[Any]) -> AsyncIterator[list[dict[str, Any]]]:
         """Answer one request; a generator that PyTriton runs as a task.
@@ -79,13 +92,17 @@ class Completions:
             with self._cancellations.watch(str(parameters.pop(UID, id(request)))):
                 self._check_key(parameters.pop(KEY_HEADER, ""), parameters.pop(KEY_PARAMETER, ""))
                 async with contextlib.aclosing(self._answer(request.data, parameters)) as answer:
-                    async for news in answer:
-                        yield [tensors.response(news)]
+                    async for response in answer:
+                        yield [response]
         except RequestError as error:
             raise ClientError("INVALID_ARG", str(error)) from None
         except (OverloadedError, EngineDeadError) as error:
             raise ClientError("UNAVAILABLE", str(error)) from None
+        except ApiError as error:  # a choice has failed
+            raise ClientError("INTERNAL", str(error)) from None
         except asyncio.CancelledError:
+            if self._draining:
+                raise ClientError("UNAVAILABLE", "the server is shutting down") from None
             raise ClientError("CANCELLED", "the request was cancelled") from None
         except ClientError:
             raise
@@ -97,104 +114,73 @@ class Completions:
 
     async def _abort(self) -> None:
         self._cancellations.cancel_all()
+        self._cancellations.close()
         await self._client.close()
 
     def _check_key(self, header: object, parameter: object) -> None:
-        keys = self._server.api_key
-        given = str(parameter or header).removeprefix("Bearer ").encode()
-        # All are looked at, so that the time tells nothing.
-        if keys and not sum(hmac.compare_digest(given, key.encode()) for key in keys):
+        digest = _digest(str(parameter or header).removeprefix("Bearer "))
+        # All are compared, so that the time tells nothing.
+        if self._digests and not sum(hmac.compare_digest(digest, own) for own in self._digests):
             raise ClientError(
                 "INVALID_ARG",
                 "an API key is needed: metadata `authorization: Bearer ...` over gRPC, the field "
                 f"`{KEY_PARAMETER}` of the body over HTTP",
             )
 
+    def _check_open(self) -> BoundedInputs:
+        if self._draining:
+            self._slot.add("draining")
+            raise OverloadedError("the server is shutting down", "draining")
+        if self._inputs is None:
+            self._slot.add("not_ready")
+            raise OverloadedError("the model is loading", "not_ready")
+        return self._inputs
+
     async def _answer(
         self, data: dict[str, Any], parameters: dict[str, Any]
-    ) -> AsyncGenerator[list[News], None]:
-        if self._draining:
-            raise OverloadedError("the server is shutting down", "shutdown")
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        arrival = now()
+        inputs = self._check_open()
         asked = tensors.read(data, parameters)
-        entry = await asyncio.to_thread(self._prepare, asked)
-        generation = self._client.generate(
-            entry.prompt_token_ids,
-            entry.params,
-            eos_token_id=entry.eos_token_id,
-            bad_words_token_ids=entry.bad_words_token_ids,
-        )
-        async with generation:
-            choices = _Choices(self._inputs, entry, generation)
-            if not asked.stream:
-                yield [news async for news in choices.whole()]
-                return
-            async for news in choices.as_they_come():
-                yield [news]
+        entry = await asyncio.to_thread(self._prepare, inputs, asked)
+        num_inputs = len(entry.prompt_token_ids)
+        answer = Answer(self._client, inputs.tokenizer, [entry], arrival=arrival, slot=self._slot)
+        await answer.admitted()
+        with contextlib.closing(answer):
+            if asked.stream:
+                async for piece in _as_they_come(answer):
+                    yield tensors.response(asked, [piece], num_inputs)
+            else:
+                yield tensors.response(asked, await answer.whole(), num_inputs)
 
-    def _prepare(self, asked: Asked) -> EngineInput:
-        defaults = self._inputs.default_params()
+    def _prepare(self, inputs: BoundedInputs, asked: Asked) -> EngineInput:
+        defaults = inputs.default_params()
         if asked.messages is not None:
             params = tensors.sampling_params(asked.sampling, {"max_tokens": None, **defaults})
             params.check_limits(self._server.sampling_limits)
-            return self._inputs.chat(asked.messages, params)
+            return inputs.chat(asked.messages, params)
         assert asked.prompt is not None
+        if isinstance(asked.prompt, str):
+            inputs.check_characters(len(asked.prompt), "text_input")
         params = tensors.sampling_params(asked.sampling, defaults)
         params.check_limits(self._server.sampling_limits)
-        return self._inputs.completion(asked.prompt, params)
+        return inputs.completion(asked.prompt, params)
 
 
-class _Choices:
-    """The text of n choices, from the tokens of a generation."""
+async def _as_they_come(answer: Answer) -> AsyncIterator[Piece]:
+    """What is new, with a pause whenever each live choice had its turn.
 
-    def __init__(self, inputs: InputProcessor, entry: EngineInput, generation: Generation) -> None:
-        self._generation = generation
-        self._texts = [
-            OutputText(
-                inputs.tokenizer,
-                entry.prompt_token_ids,
-                entry.params,
-                eos_token_id=entry.eos_token_id,
-            )
-            for _ in range(entry.params.n)
-        ]
+    The first tokens leave at once; what arrives in a pause comes joined.
+    """
+    waiting = set(answer.live)
+    async for piece in answer.pieces():
+        if piece.text or piece.token_ids or piece.finish_reason is not None:
+            yield piece
+        waiting.discard(piece.index)
+        if answer.live and not waiting & answer.live:
+            await asyncio.sleep(PAUSE_S)
+            waiting = set(answer.live)
 
-    async def as_they_come(self) -> AsyncIterator[News]:
-        """What is new, with a pause whenever each live choice had its turn.
 
-        The first tokens leave at once; what arrives in a pause comes joined.
-        """
-        live = set(range(len(self._texts)))
-        waiting = set(live)
-        async for chunk in self._generation:
-            news = self._news(chunk)
-            if news.finish_reason is not None:
-                live.discard(news.index)
-            yield news
-            waiting.discard(news.index)
-            if live and not waiting & live:
-                await asyncio.sleep(PAUSE_S)
-                waiting = set(live)
-
-    async def whole(self) -> AsyncIterator[News]:
-        """Each choice once, in order, when all have ended."""
-        texts: list[list[str]] = [[] for _ in self._texts]
-        token_ids: list[list[int]] = [[] for _ in self._texts]
-        reasons: list[FinishReason | None] = [None] * len(self._texts)
-        async for chunk in self._generation:
-            news = self._news(chunk)
-            texts[news.index].append(news.text)
-            token_ids[news.index] += news.token_ids
-            reasons[news.index] = news.finish_reason
-        for index, reason in enumerate(reasons):
-            yield News(index, "".join(texts[index]), token_ids[index], reason)
-
-    def _news(self, chunk: Chunk) -> News:
-        if chunk.finish_reason is FinishReason.ERROR:
-            raise ClientError("INTERNAL", chunk.message or "the model has failed")
-        reason = chunk.finish_reason
-        delta = self._texts[chunk.index].push(chunk.token_ids, finish_reason=reason)
-        if delta.stop is not None and reason is None:
-            self._generation.stop(chunk.index)
-        if delta.stop is not None:
-            reason = FinishReason.STOP
-        return News(chunk.index, delta.text, chunk.token_ids[: delta.num_tokens], reason)
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

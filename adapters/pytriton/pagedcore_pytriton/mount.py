@@ -6,35 +6,28 @@ the engine      a child process that both front ends are clients of
 """
 
 import logging
+import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
-from pathlib import Path
 from types import FrameType
 
 from pagedcore.config import EngineConfig
-from pagedcore.engine.client import EngineClient
 from pagedcore.engine.info import EngineInfo
 from pagedcore.engine.process import BUILD, EngineProcess
-from pagedcore.errors import ConfigError, EngineDeadError
-from pagedcore.server_config import ServerConfig
-from pagedcore.text.inputs import InputProcessor
-from pagedcore.text.tokenizer import Tokenizer
-from pagedcore_pytriton.cancellation import Cancellations
-from pagedcore_pytriton.completions import Completions
-from pagedcore_pytriton.tritonserver import (
-    Ports,
-    TritonServer,
-    prepare_environment,
-    temporary_workspace,
-)
+from pagedcore.errors import EngineDeadError
+from pagedcore.server_config import API_KEY_VARIABLE, ServerConfig
+from pagedcore_openai.counters import Counters
+from pagedcore_openai.serve import listen
+from pagedcore_pytriton.environment import prepare_environment, temporary_workspace
+from pagedcore_pytriton.model import TritonModel
+from pagedcore_pytriton.sidecar import Sidecar
+from pagedcore_pytriton.tritonserver import Ports, TritonServer, check_main_thread
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pagedcore.server")
 
 _LOOK_S = 0.2
 
@@ -45,23 +38,41 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD) -> 
     Raises what an engine cannot start with, ConfigError for an address in use, and EngineDeadError
     when the engine or tritonserver ends.
     """
+    check_main_thread()
     ports = Ports.after(server.port)
     prepare_environment()
+    os.environ.pop(API_KEY_VARIABLE, None)  # `server` has the keys; children need not
     for port in (ports.http, ports.grpc, ports.metrics):
-        _listen(server.host, port).close()
+        listen(server.host, port).close()
     # PyTriton logs each error that a client gets, with a traceback.
     logging.getLogger("pytriton").setLevel(logging.ERROR)
+    counters = Counters(2)
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_signals())
-        listener = stack.enter_context(_listen(server.host, server.port))
+        listener = stack.enter_context(listen(server.host, server.port))
         engine = stack.enter_context(EngineProcess(config, build=build))
-        if find_spec("pagedcore_openai.app") is None:
-            logger.warning("pagedcore-openai has no app: only Triton serves")
-        else:
-            stack.enter_context(_surface(engine.address, config, server, listener))
+        sidecar = Sidecar(engine.address, config, server, listener, counters)
+        stack.enter_context(sidecar)
+        logger.info("the OpenAI surface answers at port %d; the model is loading", server.port)
+        workspace = stack.enter_context(temporary_workspace())
+        triton = stack.enter_context(TritonServer(workspace, server, ports))
         info = _wait_ready(engine, stop)
-        if info is not None:
-            _serve_triton(config, server, ports, engine, info, stop)
+        if info is None:
+            return 0
+        sidecar.wait_loaded()
+        name = _model_name(info.served_model_names[0])
+        model = TritonModel(triton.triton, name, engine.address, server, counters, slot=1)
+        stack.enter_context(model)
+        model.begin(config, info)
+        model.bind()
+        triton.watch()
+        logger.info("model %s: http %d, grpc %d, metrics %d", name, *_in_order(ports))
+        while not stop.asked.wait(_LOOK_S):
+            if not engine.alive:
+                raise EngineDeadError(f"the engine process has ended with status {engine.wait()}")
+            if not triton.alive:
+                raise EngineDeadError("tritonserver, or what talks to it, has ended")
+        _drain(model, sidecar, server.shutdown_timeout, stop)
     return 0
 
 
@@ -90,40 +101,6 @@ def _stop_signals() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror}. Choose another --port (Triton "
-            "takes the next three), or stop what listens there."
-        ) from None
-
-
-@contextmanager
-def _surface(
-    address: str, config: EngineConfig, server: ServerConfig, listener: socket.socket
-) -> Iterator[None]:
-    """The OpenAI surface, in a thread with an event loop of its own."""
-    import uvicorn
-    from pagedcore_openai.app import build_app
-
-    app = build_app(EngineClient(address), config, server)
-    uvicorn_server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(server.shutdown_timeout))
-    )
-    thread = threading.Thread(
-        target=uvicorn_server.run, args=([listener],), name="pagedcore-openai"
-    )
-    thread.start()
-    try:
-        yield
-    finally:
-        uvicorn_server.should_exit = True
-        thread.join()
-
-
 def _wait_ready(engine: EngineProcess, stop: _Stop) -> EngineInfo | None:
     while not stop.asked.is_set():
         try:
@@ -133,51 +110,19 @@ def _wait_ready(engine: EngineProcess, stop: _Stop) -> EngineInfo | None:
     return None
 
 
-def _serve_triton(
-    config: EngineConfig,
-    server: ServerConfig,
-    ports: Ports,
-    engine: EngineProcess,
-    info: EngineInfo,
-    stop: _Stop,
-) -> None:
-    inputs = _inputs(config, info)
-    name = _model_name(info.served_model_names[0])
-    with ExitStack() as stack:
-        workspace = stack.enter_context(temporary_workspace())
-        triton = TritonServer(workspace, server, ports)
-        cancellations = stack.enter_context(Cancellations(workspace))
-        completions = Completions(engine.address, inputs, server, cancellations)
-        triton.bind(name, completions)
-        stack.enter_context(triton)
-        logger.info("model %s: http %d, grpc %d, metrics %d", name, *_in_order(ports))
-        while not stop.asked.wait(_LOOK_S):
-            if not engine.alive:
-                raise EngineDeadError(f"the engine process has ended with status {engine.wait()}")
-            if not triton.alive:
-                raise EngineDeadError("tritonserver, or what talks to it, has ended")
-        _drain(completions, server.shutdown_timeout, stop)
-
-
-def _drain(completions: Completions, timeout_s: float, stop: _Stop) -> None:
-    """Let requests end, for as long as is allowed (semantics LIFE-4)."""
+def _drain(model: TritonModel, sidecar: Sidecar, timeout_s: float, stop: _Stop) -> None:
+    """Refuse at every door, and let requests end for as long as is allowed (LIFE-4)."""
+    completions = model.completions
     completions.drain()
+    beside = sidecar.drain(timeout_s)
     deadline = time.monotonic() + timeout_s
-    while completions.num_active and time.monotonic() < deadline and not stop.at_once.is_set():
+    while time.monotonic() < deadline and not stop.at_once.is_set():
+        if not completions.num_active and beside.done():
+            break
         stop.at_once.wait(0.05)
     completions.abort()
-
-
-def _inputs(config: EngineConfig, info: EngineInfo) -> InputProcessor:
-    folder = Path(info.model)
-    return InputProcessor.from_folder(
-        folder,
-        Tokenizer.from_folder(Path(config.model.tokenizer or folder)),
-        max_model_len=info.max_model_len,
-        vocab_size=info.vocab_size,
-        generation_config=config.model.generation_config,
-        chat_template=config.model.chat_template,
-    )
+    sidecar.abort_all()
+    beside.result()
 
 
 def _model_name(served: str) -> str:

@@ -11,18 +11,29 @@ import importlib
 import itertools
 import os
 import re
+import select
+import signal
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
 base: Any = importlib.import_module(".pytriton_model", __package__)
 pb_utils: Any = base.pb_utils
 
-CANCEL_SOCKET = "pagedcore-cancel.sock"
-"""Name of the mount's socket in the workspace."""
+MOUNT_PID = 0
+"""The mount's process; filled in when this file is shipped."""
+
+CANCEL_SOCKET = "{}-cancel.sock"
+"""Name of the mount's socket in the workspace, by the model's name."""
+
+METRICS_SOCKET = "{}-metrics.sock"
+"""The same of ours, which the mount sends series to."""
 
 UID = "_pagedcore_uid"
 """The request parameter by which the mount knows a request."""
+
+MAX_MESSAGE_BYTES = 1 << 18
 
 POLL_S = 0.1
 """Seconds between two looks at a request that nothing is sent for."""
@@ -98,6 +109,18 @@ class ResponsesHandler:
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, number))
 
 
+def _end_with_mount() -> None:
+    """End tritonserver and this process when the mount is gone: it would wait for its answers."""
+    try:
+        mount = os.pidfd_open(MOUNT_PID)
+    except ProcessLookupError:
+        pass
+    else:
+        select.select([mount], [], [])
+    os.kill(os.getppid(), signal.SIGKILL)
+    os._exit(1)
+
+
 def _send(sender: Any, response: Any, final: bool, gone: bool) -> bool:
     """Send; whether the client has gone. It must not be asked for after the final flag."""
     gone = gone or sender.is_cancelled()
@@ -106,6 +129,57 @@ def _send(sender: Any, response: Any, final: bool, gone: bool) -> bool:
     elif not gone and response is not None:
         sender.send(response, 0)
     return gone
+
+
+class Metrics:
+    """Shows series that the mount sends, on Triton's own metrics port."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(path)
+        self._families: dict[str, Any] = {}
+        self._metrics: dict[tuple[str, str], Any] = {}
+        self._counts: dict[tuple[str, str], float] = {}
+        self._thread = threading.Thread(target=self._run, name="pagedcore-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Show nothing more. Triton wants a family's metrics gone before the family."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+            link.sendto(b"", self._path)
+        self._thread.join()
+        os.unlink(self._path)
+        self._metrics.clear()
+        self._families.clear()
+
+    def _run(self) -> None:
+        while message := self._socket.recv(MAX_MESSAGE_BYTES):
+            for name, kind, about, labels, value in base.json.loads(message):
+                try:
+                    self._show(name, kind, about, labels, value)
+                except Exception as error:
+                    pb_utils.Logger.log_warn(f"the metric {name} cannot be shown: {error}")
+
+    def _show(self, name: str, kind: str, about: str, labels: dict[str, str], value: float) -> None:
+        key = (name, str(labels))
+        metric = self._metrics.get(key)
+        if metric is None:
+            kinds = pb_utils.MetricFamily
+            family = self._families.get(name)
+            if family is None:
+                which = kinds.GAUGE if kind == "gauge" else kinds.COUNTER
+                family = self._families[name] = kinds(name=name, description=about, kind=which)
+            metric = self._metrics[key] = family.Metric(labels=labels)
+        if kind == "gauge":
+            metric.set(value)
+            return
+        change = value - self._counts.get(key, 0.0)
+        self._counts[key] = value
+        if change < 0:  # the engine is another one
+            change = value
+        if change:
+            metric.increment(change)
 
 
 class TritonPythonModel(base.TritonPythonModel):  # type: ignore[misc]  # known in Triton only
@@ -117,7 +191,7 @@ class TritonPythonModel(base.TritonPythonModel):  # type: ignore[misc]  # known 
         counter = itertools.count()
         config = base.json.loads(args["model_config"])
         workspace = config["parameters"]["workspace-path"]["string_value"]
-        address = f"{workspace}/{CANCEL_SOCKET}"
+        address = f"{workspace}/{CANCEL_SOCKET.format(args['model_name'])}"
         notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
         def tell_cancelled(uid: str) -> None:
@@ -141,3 +215,10 @@ class TritonPythonModel(base.TritonPythonModel):  # type: ignore[misc]  # known 
             return request
 
         self._requests_server._wrap_request = wrap_with_uid
+        threading.Thread(target=_end_with_mount, name="pagedcore-mount", daemon=True).start()
+        self._metrics = Metrics(f"{workspace}/{METRICS_SOCKET.format(args['model_name'])}")
+
+    def finalize(self) -> None:
+        """Called by Triton once, at the end."""
+        self._metrics.close()
+        super().finalize()

@@ -1,12 +1,10 @@
-"""Tritonserver with one model, as this mount needs it: the pitfalls of PyTriton 0.7.0, cured."""
+"""Tritonserver as this mount needs it: where it listens, how it runs, what it is made of."""
 
-import importlib.util
-import logging
+import contextlib
 import os
-import sysconfig
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import select
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +12,11 @@ from typing import Any, Self
 
 from pagedcore.errors import ConfigError
 from pagedcore.server_config import ServerConfig
-from pagedcore_pytriton.completions import KEY_HEADER, Completions
-from pagedcore_pytriton.tensors import INPUTS, OUTPUTS
+from pagedcore_pytriton.completions import KEY_HEADER
+from pagedcore_pytriton.environment import processes_in
 
-logger = logging.getLogger(__name__)
-
-EXIT_TIMEOUT_S = 10
-"""Seconds that tritonserver waits for open connections; with 2, its stub process is orphaned."""
+EXIT_TIMEOUT_S = 3
+"""Seconds that tritonserver waits for open connections when it ends, idle ones included."""
 
 _VARIABLE = "PYTRITON_TRITON_CONFIG_{}_PORT"
 
@@ -53,51 +49,19 @@ class Ports:
         return cls(**ports)
 
 
-def prepare_environment() -> None:
-    """Set what PyTriton and tritonserver read from the environment; before they are imported.
-
-    Raises ConfigError where Triton could not load this interpreter.
-    """
-    # Without it each response goes through a shared-memory store: gaps of up to 0.8 s.
-    os.environ["PYTRITON_NO_TENSORSTORE"] = "1"
-    # Triton's stub would otherwise find the distribution's libpython, not this interpreter's.
-    folder = Path(sysconfig.get_config_var("LIBDIR") or "")
-    library = sysconfig.get_config_var("INSTSONAME") or ""
-    if not library.startswith("libpython") or ".so" not in library:
-        library = f"libpython{sysconfig.get_python_version()}.so.1.0"
-    if not (folder / library).exists():
-        raise ConfigError(
-            f"Triton needs a shared {library}, which is not in {folder}: use a Python that was "
-            "built with --enable-shared"
-        )
-    paths = [str(folder), *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
-    os.environ["LD_LIBRARY_PATH"] = ":".join(dict.fromkeys(filter(None, paths)))
-
-
-@contextmanager
-def temporary_workspace() -> Iterator[Path]:
-    """A folder for tritonserver's files and sockets, which only its owner may enter.
-
-    It is where PyTriton would make one: programs must be allowed to run from there.
-    """
-    from pytriton.constants import PYTRITON_HOME
-
-    PYTRITON_HOME.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=PYTRITON_HOME, prefix="pagedcore-") as folder:
-        yield Path(folder) / "workspace"
-
-
 class TritonServer:
-    """One tritonserver with one model; a context manager, to be entered in the main thread.
+    """One tritonserver, as this mount needs it; a context manager.
 
-    tritonserver ends with the thread that has started it.
+    tritonserver ends with the thread that has started it, so that must be the main thread.
     """
 
     def __init__(self, workspace: Path, server: ServerConfig, ports: Ports) -> None:
         """`workspace` is a folder that is made here."""
         from pytriton.triton import Triton, TritonConfig
 
-        self._triton = Triton(
+        self._workspace = workspace
+        self._processes: dict[int, int] = {}
+        self.triton: Any = Triton(
             workspace=workspace,
             config=TritonConfig(
                 http_address=server.host,
@@ -112,31 +76,27 @@ class TritonServer:
                 exit_timeout_secs=EXIT_TIMEOUT_S,
             ),
         )
+        """PyTriton's own object."""
 
-    def bind(self, name: str, completions: Completions) -> None:
-        """Declare the model, before the server is entered."""
-        from pytriton.model_config import ModelConfig, Tensor
-
-        self._triton.bind(
-            model_name=name,
-            infer_func=completions.infer,
-            inputs=[Tensor(name=n, dtype=t, shape=(-1,), optional=True) for n, t in INPUTS.items()],
-            outputs=[Tensor(name=n, dtype=t, shape=(-1,)) for n, t in OUTPUTS.items()],
-            config=ModelConfig(batching=False, decoupled=True),
-        )
-        for model in self._triton._model_manager.models:
-            _ship_stub(model)
+    def watch(self) -> None:
+        """Look after the processes that there are now, the stubs of models included."""
+        for pid in processes_in(self._workspace):
+            if pid not in self._processes:
+                with contextlib.suppress(ProcessLookupError):
+                    self._processes[pid] = os.pidfd_open(pid)
 
     @property
     def alive(self) -> bool:
-        """Whether tritonserver and the threads that talk to it run."""
-        return bool(self._triton.is_alive())
+        """Whether tritonserver, its stubs and the threads that talk to them run."""
+        ended, _, _ = select.select(list(self._processes.values()), [], [], 0)
+        return not ended and bool(self.triton.is_alive())
 
     def __enter__(self) -> Self:
+        check_main_thread()
         try:
-            self._triton.run()
+            self.triton.run()
         except BaseException:
-            self._triton.stop()
+            self.triton.stop()
             raise
         return self
 
@@ -146,22 +106,21 @@ class TritonServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._triton.stop()
+        if not self.alive:  # requests wait for what will not come, and tritonserver for them
+            for descriptor in self._processes.values():
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        self.triton.stop()
+        for pid in processes_in(self._workspace):  # a tritonserver in a hurry leaves its stubs
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for descriptor in self._processes.values():
+            os.close(descriptor)
 
 
-def _ship_stub(model: Any) -> None:
-    """Let `stub_model.py` run in Triton, with PyTriton's own model beside it."""
-    original = model.get_proxy_model_files
-    spec = importlib.util.find_spec("pagedcore_pytriton.stub_model")
-    assert spec is not None
-    assert spec.origin is not None
-    stub = Path(spec.origin).read_bytes()
-
-    def files() -> dict[str, bytes]:
-        shipped: dict[str, bytes] = original()
-        folder = f"file:{model.model_version}"
-        shipped[f"{folder}/pytriton_model.py"] = shipped[f"{folder}/model.py"]
-        shipped[f"{folder}/model.py"] = stub
-        return shipped
-
-    model.get_proxy_model_files = files
+def check_main_thread() -> None:
+    """Raise ConfigError in any other thread."""
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError(
+            "tritonserver ends with the thread that has started it: start it in the main thread"
+        )

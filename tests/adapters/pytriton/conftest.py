@@ -1,6 +1,8 @@
 """A real tritonserver, with an engine without a model behind it."""
 
+import contextlib
 import json
+import random
 import socket
 import threading
 from contextlib import contextmanager
@@ -10,25 +12,30 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from pagedcore.config import EngineConfig
 from pagedcore.engine.server import EngineServer
 from pagedcore.server_config import ServerConfig
 from pagedcore.testing.fake_engine import FakeEngine
-from pagedcore.text.inputs import InputProcessor
-from pagedcore.text.tokenizer import Tokenizer as OurTokenizer
-from pagedcore_pytriton.cancellation import Cancellations
-from pagedcore_pytriton.completions import Completions
-from pagedcore_pytriton.tritonserver import (
-    Ports,
-    TritonServer,
-    prepare_environment,
-    temporary_workspace,
-)
+from pagedcore_openai.counters import Counters
+from pagedcore_pytriton.environment import prepare_environment, temporary_workspace
+from pagedcore_pytriton.model import TritonModel
+from pagedcore_pytriton.tritonserver import Ports, TritonServer
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A model folder without weights: 256 byte tokens, and an end-of-sequence token."""
     path = tmp_path_factory.mktemp("model")
+    make_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_model():
+    return make_model
+
+
+def make_model(path):
+    """A model folder without weights: 256 byte tokens, and an end-of-sequence token."""
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocab["<end>"] = 256
     tokenizer = Tokenizer(models.BPE(vocab, []))
@@ -40,29 +47,21 @@ def folder(tmp_path_factory):
     config = {"eos_token": "<end>", "chat_template": template}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     (path / "config.json").write_text("{}")
-    return path
 
 
-@pytest.fixture
-def port():
-    return free_port()
+@pytest.fixture(scope="session", name="free_port")
+def _free_port():
+    return free_port
 
 
 def free_port():
-    """The first of four free ports in a row."""
+    """The first of four free ports in a row, below those that outgoing connections take."""
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        if port > 65000:
-            continue
-        try:
+        port = random.randrange(12000, 30000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for offset in range(4):
-                with socket.create_server(("127.0.0.1", port + offset)):
-                    pass
-        except OSError:
-            continue
-        return port
+                stack.enter_context(socket.create_server(("127.0.0.1", port + offset)))
+            return port
 
 
 @dataclass
@@ -73,6 +72,7 @@ class Mounted:
     completions: Any
     http: str
     grpc: str
+    metrics: str
 
 
 @pytest.fixture(scope="session")
@@ -85,23 +85,18 @@ def mount(folder, tmp_path_factory):
         server = ServerConfig(port=free_port(), **options)
         ports = Ports.after(server.port)
         engine = FakeEngine(model=str(folder), max_model_len=1 << 20)
-        inputs = InputProcessor.from_folder(
-            folder, OurTokenizer.from_folder(folder), max_model_len=1 << 20, vocab_size=512
-        )
         sockets = tmp_path_factory.mktemp("s")
         sockets.chmod(0o700)
         with (
             serving(engine, str(sockets / "s")) as address,
             temporary_workspace() as workspace,
+            TritonServer(workspace, server, ports) as triton,
+            TritonModel(triton.triton, "fake", address, server, Counters()) as model,
         ):
-            triton = TritonServer(workspace, server, ports)
-            with Cancellations(workspace) as cancellations:
-                completions = Completions(address, inputs, server, cancellations)
-                triton.bind("fake", completions)
-                with triton:
-                    http, grpc = (f"127.0.0.1:{port}" for port in (ports.http, ports.grpc))
-                    yield Mounted(engine, completions, http, grpc)
-                    completions.abort()
+            model.begin(EngineConfig(), engine.info)
+            model.bind()
+            doors = (ports.http, ports.grpc, ports.metrics)
+            yield Mounted(engine, model.completions, *(f"127.0.0.1:{port}" for port in doors))
 
     return start
 

@@ -28,6 +28,8 @@ def post(http_address, body, path="generate"):
 
 
 def generate(mounted, **body):
+    """The whole answer, without the input."""
+    body = {"exclude_input_in_output": True, **body}
     connection, answer = post(mounted.http, body)
     with closing(connection):
         return answer.status, json.loads(answer.read())
@@ -90,8 +92,30 @@ def test_text_goes_in_and_text_comes_out(mounted):
     assert status == 200
     assert answer["text_output"] == "abcabca"
     assert answer["finish_reason"] == "length"
-    assert answer["num_output_tokens"] == 7
+    assert (answer["num_input_tokens"], answer["num_output_tokens"]) == (3, 7)
     assert answer["output_ids"] == byte_ids("abcabca")
+
+
+def test_the_answer_to_a_text_repeats_it_as_vllms_backend_does(mounted):
+    connection, answer = post(mounted.http, {"text_input": "abc", "max_tokens": 2})
+    with closing(connection):
+        assert json.loads(answer.read())["text_output"] == "abcab"
+    assert generate(mounted, input_ids=[65], max_tokens=2, exclude_input_in_output=False)[0] == 200
+    (error,) = stream(mounted, text_input="abc", exclude_input_in_output=False)
+    assert "a stream cannot repeat the input" in error["error"]
+
+
+def test_numbers_may_be_text_as_clients_of_vllms_backend_send_them(mounted):
+    params = sampling(temperature="0.1", top_p="0.95", max_tokens="3", ignore_eos="True")
+    status, answer = generate(mounted, text_input="abc", sampling_parameters=params)
+    assert (status, answer["text_output"]) == (200, "abc")
+
+
+def test_outputs_that_are_not_wanted_do_not_come(mounted):
+    status, answer = generate(mounted, text_input="abc", max_tokens=2, return_finish_reason=False)
+    assert status == 200
+    assert "finish_reason" not in answer
+    assert answer["num_output_tokens"] == 2
 
 
 def test_token_ids_go_in(mounted):
@@ -176,7 +200,7 @@ def test_http_and_grpc_share_a_batch(mounted):
         ({"text_input": "a", "sampling_parameters": "[1]"}, "must be JSON text of an object"),
         ({"text_input": "a", "temprature": 1}, "did you mean 'temperature'"),
         ({"text_input": "a", "sampling_parameters": '{"top_p": 2}'}, "top_p"),
-        ({"text_input": "a", "sampling_parameters": '{"top_p": "x"}'}, "top_p"),
+        ({"text_input": "a", "sampling_parameters": '{"top_p": "x"}'}, "top_p must be a number"),
         ({"text_input": "a", "sampling_parameters": '{"stop_token_ids": 5}'}, "wrong type"),
         ({"text_input": "a", "n": 1000}, "n may have at most 128"),
         ({"text_input": "a", "logprobs": 2}, "logprobs cannot be asked for"),
