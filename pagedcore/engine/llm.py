@@ -82,6 +82,13 @@ class LLM:
         """
         return self._engine
 
+    def default_params(self, **explicit: Any) -> SamplingParams:
+        """The model's own sampling parameters, with `explicit` ones over them (SAMPLE-2)."""
+        defaults = self._inputs.default_params()
+        if self._inputs.default_max_tokens is not None:
+            defaults["max_tokens"] = self._inputs.default_max_tokens
+        return SamplingParams(**{**defaults, **explicit})
+
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, progress: bool = True
     ) -> list[RequestOutput]:

@@ -1,6 +1,8 @@
 """The offline API: batches, conversations and streams, and what it leaves alone."""
 
+import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +84,25 @@ def test_an_answer_without_parameters_may_fill_the_models_length(llm):  # REQ-6
     ends = {257} & set(output.outputs[0].token_ids)
     assert ends or len(output.prompt_token_ids + output.outputs[0].token_ids) == 256
     assert len(llm.generate("one")[0].outputs[0].token_ids) <= 16
+
+
+def test_the_models_own_parameters_stand_under_explicit_ones(tiny, tmp_path):  # SAMPLE-2
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.folder, folder)
+    own = {"temperature": 0.0, "top_k": 5, "repetition_penalty": 2.0, "max_new_tokens": 3}
+    (folder / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    with LLM(folder, device="cpu", dtype="float32", cpu_kv_cache_gib=0.01) as llm:
+        own_params = llm.default_params()
+        assert (own_params.temperature, own_params.max_tokens) == (0.0, 3)
+        assert tokens(llm.generate("one")) == tokens(llm.generate("one", own_params))
+        assert len(tokens(llm.chat([{"role": "user", "content": "one"}]))[0]) <= 3
+        explicit = llm.default_params(temperature=0.5, max_tokens=7)
+        assert (explicit.temperature, explicit.top_k, explicit.max_tokens) == (0.5, 5, 7)
+        assert explicit.repetition_penalty == 2.0
+        assert llm.generate("one", SamplingParams(temperature=0)) != llm.generate("one")
+    settings = dict(device="cpu", dtype="float32", cpu_kv_cache_gib=0.01)
+    with LLM(folder, generation_config="none", **settings) as llm:
+        assert llm.default_params() == SamplingParams()
 
 
 # Errors, before anything runs
