@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import pluggy
 
 from pagedcore.engine.info import EngineInfo
+from pagedcore.metrics import STEP_TOKENS, Buckets
 from pagedcore.request import Request
 from pagedcore.scheduling.scheduler import Scheduler
 from pagedcore.step import StepOutput, StepPlan, StepResult
@@ -107,6 +108,7 @@ class Engine:
         self._executor = executor
         self._depth = 2 if async_scheduling else 1
         self._in_flight: deque[_InFlight] = deque()
+        self._step_tokens = Buckets(STEP_TOKENS)
         self._observers: list[Any] = []
         if plugins is not None:
             self._observers = plugins.hook.pagedcore_step_finished.get_hookimpls()
@@ -155,7 +157,7 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges by name, for metrics."""
-        return self._scheduler.stats()
+        return self._scheduler.stats() | self._step_tokens.stats()
 
     def shutdown(self) -> None:
         """Drop what is in flight and release the device."""
@@ -169,6 +171,7 @@ class Engine:
         plan = self._scheduler.plan_step()
         if plan is None:
             return False
+        self._step_tokens.observe(plan.num_tokens)
         pending: PendingStep
         try:
             pending = self._executor.launch(plan)

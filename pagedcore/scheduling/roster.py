@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 from pagedcore.errors import RequestError
+from pagedcore.metrics import PREEMPTIONS, Buckets
 from pagedcore.request import FinishReason, Request
 from pagedcore.scheduling.paging import Pager
 from pagedcore.scheduling.policies import Policy
@@ -42,6 +43,7 @@ class Roster:
         self.num_forked = 0
         """Children of forks so far."""
         self.num_ended = dict.fromkeys(FinishReason, 0)
+        self.preemptions = Buckets(PREEMPTIONS)
         """Sequences that are over, by reason."""
         self._live: dict[int, SequenceState] = {}
         self._parents: dict[SequenceState, None] = {}  # in order of their forks
@@ -199,6 +201,7 @@ class Roster:
         sequence.status = Status.FINISHED
         self.untold.discard(sequence)
         self.num_ended[reason] += 1
+        self.preemptions.observe(sequence.request.num_preemptions)
         del self._live[sequence.request.id]
         if sequence in self._parents:  # FORK-10
             del self._parents[sequence]

@@ -208,6 +208,7 @@ class Scheduler:
             "stalled_steps": self._num_stalls,
             **{f"request_success_{reason}": n for reason, n in roster.num_ended.items()},
             **{f"admission_rejections_{name}": n for name, n in self._num_rejected.items()},
+            **roster.preemptions.stats(),
         }
 
     # Checks

@@ -50,6 +50,8 @@ HISTOGRAMS = {
     "request_params_max_tokens",
     "request_prefill_kv_computed_tokens",
     "request_params_n",
+    "request_num_preemptions",
+    "iteration_tokens_total",
 }
 
 

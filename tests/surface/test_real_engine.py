@@ -119,3 +119,7 @@ def test_what_has_ended_is_counted_and_nothing_runs(real):  # METRIC-10
     assert values["pagedcore:num_requests_waiting"] == 0
     assert values["pagedcore:kv_cache_usage_perc"] == 0
     assert values["pagedcore:generation_tokens_total"] > 0
+    assert values["pagedcore:iteration_tokens_total_count"] > 0  # METRIC-8
+    assert values["pagedcore:iteration_tokens_total_sum"] >= values["pagedcore:prompt_tokens_total"]
+    ended = values["pagedcore:request_num_preemptions_count"]
+    assert ended >= values["pagedcore:request_generation_tokens_count"]

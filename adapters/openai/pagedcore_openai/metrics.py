@@ -13,6 +13,13 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from pagedcore.engine.info import EngineInfo
+from pagedcore.metrics import (
+    ENGINE_BOUNDS,
+    PREEMPTIONS,
+    STEP_TOKENS,
+    bucket_name,
+    sum_name,
+)
 from pagedcore.request import FinishReason
 from pagedcore_openai.counters import REFUSALS, Counters, Histogram
 
@@ -43,6 +50,10 @@ COUNTERS = {
     "cow_block_copies": "Blocks copied at the first write after a fork.",
     "grammar_cache_hits": "Grammars found compiled.",
 }
+ENGINE_HISTOGRAMS = (
+    Histogram(STEP_TOKENS, "Tokens that a step runs.", ENGINE_BOUNDS[STEP_TOKENS]),
+    Histogram(PREEMPTIONS, "Times that a sequence was preempted.", ENGINE_BOUNDS[PREEMPTIONS]),
+)
 OLD_NAMES = {
     "kv_cache_usage_perc": "gpu_cache_usage_perc",
     "inter_token_latency_seconds": "time_per_output_token_seconds",
@@ -188,6 +199,12 @@ class _EngineCollector(Collector):
     def _histograms(self, prefix: str) -> Iterator[Metric]:
         for histogram, counts, total in self._counters.histograms():
             yield self._histogram(prefix + histogram.name, histogram, counts, total)
+        for histogram in ENGINE_HISTOGRAMS:
+            name, stats = histogram.name, self._stats
+            numbers = range(len(histogram.bounds) + 1)
+            counts = [stats.get(bucket_name(name, number), 0.0) for number in numbers]
+            total = stats.get(sum_name(name), 0.0)
+            yield self._histogram(prefix + name, histogram, counts, total)
 
     def _old_names(self, prefix: str) -> Iterator[Metric]:
         usage = self._stats.get("kv_cache_usage_perc", 0.0)

@@ -12,6 +12,7 @@ CONTRACT = {
     "config",
     "errors",
     "hookspecs",
+    "metrics",
     "plugins",
     "request",
     "server_config",
