@@ -10,17 +10,19 @@
        context_len    [S] int32           0 is padding, whose output is zero
        out            [T, H * D]          contiguous
 
-   A task is one kv head of one sequence and up to MAX_ROWS / G of its tokens; the G query heads of a
-   token are rows beside each other. It walks over tiles of 64 keys: keys and values are packed as the
-   right side of a product, scores and the running softmax are float, weights are rounded to bfloat16
-   for the second product. Positions outside of what a task sees are never read. */
+   A task is one kv head of one sequence and up to MAX_ROWS / G of its tokens; the G query heads of
+   a token are rows beside each other. It walks over tiles of 64 keys: keys and values are packed as
+   the right side of a product, scores and the running softmax are float, weights are rounded to
+   bfloat16 for the second product. Positions outside of what a task sees are never read. */
 
 #include "common.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-enum { TILE = 64, VECTORS = TILE / 16, ROWS = MAX_SUMS / VECTORS, MAX_ROWS = 96, MAX_HEAD = 256 };
+enum { TILE = 64, VECTORS = TILE / 16, ROWS = MAX_SUMS / VECTORS };
+enum { MAX_ROWS = 96, MAX_HEAD = 256, ALONE = 1 << 17 };
+/* ALONE: multiplications below which a second thread costs more than it saves. */
 
 typedef struct {
     const bf16 *qkv;
@@ -52,7 +54,8 @@ INLINE void block(const int rows, const int vectors, const uint32_t *a, long a_s
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
-            sum[m * vectors + v] = add ? _mm512_loadu_ps(out + m * out_stride + 16 * v) : _mm512_setzero_ps();
+            sum[m * vectors + v] =
+                add ? _mm512_loadu_ps(out + m * out_stride + 16 * v) : _mm512_setzero_ps();
     multiply(rows, vectors, a, a_stride, b, b_stride, pairs, sum);
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++)
@@ -156,7 +159,7 @@ INLINE void weigh(Work *w, long row, long size, long begin, long end, float scal
     w->total[row] += total;
 }
 
-/* `count` tokens from `first_token` on, the first of them at `position`, of sequence and kv head. */
+/* `count` tokens of a sequence from `first_token` on, the first of them at `position`. */
 static void attend(const Step *step, Work *w, long sequence, long kv_head, long first_token,
                    long position, long count) {
     long size = step->size, group = step->num_heads / step->num_kv_heads, rows = count * group;
@@ -174,12 +177,14 @@ static void attend(const Step *step, Work *w, long sequence, long kv_head, long 
         const bf16 *keys[TILE];
         for (long j = 0; j < TILE; j++) {
             long p = tile + j, block_size = step->block_size;
-            long slot = p < begin || p >= end ? -1 : blocks[p / block_size] * block_size + p % block_size;
-            keys[j] = slot < 0 ? 0 : step->store + slot * slot_size + kv_head * size;
+            keys[j] = 0;
+            if (p < begin || p >= end) continue;
+            long slot = blocks[p / block_size] * block_size + p % block_size;
+            keys[j] = step->store + slot * slot_size + kv_head * size;
         }
         pack_keys(keys, size, w->key);
-        product(VECTORS, rows, (uint32_t *)w->query, size / 2, w->key, TILE, size / 2, w->score, TILE,
-                0);
+        product(VECTORS, rows, (uint32_t *)w->query, size / 2, w->key, TILE, size / 2, w->score,
+                TILE, 0);
         for (long row = 0; row < rows; row++) {
             long own = position + row / group - tile, oldest = 0;
             if (step->window) oldest = own + 1 - step->window;
@@ -191,8 +196,8 @@ static void attend(const Step *step, Work *w, long sequence, long kv_head, long 
         pack_values(keys, step->num_kv_heads * size, size, w->value);
         long column = 0;
         for (; column + TILE <= size; column += TILE)
-            product(VECTORS, rows, (uint32_t *)w->weight, TILE / 2, w->value + column, size, TILE / 2,
-                    w->sum + column, size, 1);
+            product(VECTORS, rows, (uint32_t *)w->weight, TILE / 2, w->value + column, size,
+                    TILE / 2, w->sum + column, size, 1);
         if (column < size)
             product(VECTORS / 2, rows, (uint32_t *)w->weight, TILE / 2, w->value + column, size,
                     TILE / 2, w->sum + column, size, 1);
@@ -232,23 +237,40 @@ static void run_task(const Step *step, const long *first_task, long task) {
 /* 0, or -1 without memory for a word per sequence. */
 EXPORT int pagedcore_attention(const bf16 *qkv, long qkv_stride, const bf16 *store,
                                const int32_t *table, long table_stride, const int32_t *rows,
-                               const int32_t *query_start, const int32_t *context_len, long num_seqs,
-                               long num_heads, long num_kv_heads, long size, long block_size,
-                               long window, float scale, float soft_cap, bf16 *out) {
-    Step step = {qkv,          qkv_stride, store,     table,        rows,  query_start,
-                 context_len,  table_stride, num_seqs, num_heads,   num_kv_heads, size,
-                 block_size,   window,     scale,     soft_cap,     out};
+                               const int32_t *query_start, const int32_t *context_len,
+                               long num_seqs, long num_heads, long num_kv_heads, long size,
+                               long block_size, long window, float scale, float soft_cap,
+                               bf16 *out) {
+    Step step = {.qkv = qkv,
+                 .qkv_stride = qkv_stride,
+                 .store = store,
+                 .table = table,
+                 .rows = rows,
+                 .query_start = query_start,
+                 .context_len = context_len,
+                 .table_stride = table_stride,
+                 .num_seqs = num_seqs,
+                 .num_heads = num_heads,
+                 .num_kv_heads = num_kv_heads,
+                 .size = size,
+                 .block_size = block_size,
+                 .window = window,
+                 .scale = scale,
+                 .soft_cap = soft_cap,
+                 .out = out};
     long most = MAX_ROWS / (num_heads / num_kv_heads);
     long *first_task = malloc((num_seqs + 1) * sizeof(long));
     if (!first_task) return -1;
     first_task[0] = 0;
+    long pairs = 0; /* of queries and keys, about */
     for (long i = 0; i < num_seqs; i++) {
-        long tiles = (query_start[i + 1] - query_start[i] + most - 1) / most;
+        long count = query_start[i + 1] - query_start[i], tiles = (count + most - 1) / most;
         first_task[i + 1] = first_task[i] + (context_len[i] ? tiles * num_kv_heads : 1);
+        pairs += count * context_len[i];
     }
     long tasks = first_task[num_seqs];
     /* a sequence's last tokens have the longest way to go: last tasks first */
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+#pragma omp parallel for schedule(dynamic, 1) if (pairs * num_heads * size > ALONE)
     for (long task = 0; task < tasks; task++) run_task(&step, first_task, tasks - 1 - task);
     free(first_task);
     return 0;

@@ -1,7 +1,7 @@
-/* What the kernels share: bfloat16 in and out of vectors, exp, and the inner product of all products.
+/* What the kernels share: bfloat16 in and out of vectors, exp, and what all products are made of.
 
-   A bfloat16 is the upper half of a float. A *pair* is two neighbours in one 32-bit word, the form in
-   which the processor multiplies them: sum += a[0] * b[0] + a[1] * b[1], in float. */
+   A bfloat16 is the upper half of a float. A *pair* is two neighbours in one 32-bit word, the form
+   in which the processor multiplies them: sum += a[0] * b[0] + a[1] * b[1], in float. */
 
 #pragma once
 
@@ -15,8 +15,8 @@ typedef uint16_t bf16;
 #define EXPORT __attribute__((visibility("default")))
 
 enum { MAX_SUMS = 24, AHEAD = 32 };
-/* Vectors of sums in a product: with the operands' they fit in 32 registers. How many rows of B are on
-   their way from memory: 4 KiB, where the processor's own prefetching stops at the end of a page. */
+/* Vectors of sums in a product: with the operands' they fit in 32 registers. How many rows of B are
+   on their way from memory: 4 KiB, since the processor's own prefetching ends with a page. */
 
 INLINE __mmask16 lanes(long left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
 
@@ -39,7 +39,7 @@ INLINE float to_float(bf16 value) {
     return result;
 }
 
-/* e to the power of each x; 0 for -inf, NaN for NaN. In max and min, NaN gives the second operand. */
+/* e to the power of each x; 0 for -inf, NaN for NaN, for which max and min give the second. */
 INLINE __m512 exp16(__m512 x) {
     __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
     t = _mm512_max_ps(_mm512_set1_ps(-160.0f), t);
@@ -56,9 +56,9 @@ INLINE __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
-/* sum[m * vectors + v] += A times B: A has `rows` rows of `pairs` pairs, `a_stride` apart; B has `pairs`
-   rows of 16 * `vectors` pairs, `b_stride` apart. With constant rows and vectors, whose product is at
-   most MAX_SUMS, all sums stay in registers. */
+/* sum[m * vectors + v] += A times B: A has `rows` rows of `pairs` pairs, `a_stride` apart; B has
+   `pairs` rows of 16 * `vectors` pairs, `b_stride` apart. With constant rows and vectors, whose
+   product is at most MAX_SUMS, all sums stay in registers. */
 INLINE void multiply(const int rows, const int vectors, const uint32_t *a, long a_stride,
                      const uint32_t *b, long b_stride, long pairs, __m512 *sum) {
     for (long i = 0; i < pairs; i++, b += b_stride) {

@@ -7,8 +7,8 @@
        packed   [P, I / 2, 32]  pairs: inputs 2i and 2i + 1 of output 32 p + n; zeros behind N
        out      [T, N]          bfloat16 or float
 
-   Few rows are bound by reading `packed`, once, from front to back. With many, a chunk of rows stays in
-   the second-level cache while all panels pass by, and a panel while the chunk's rows do. */
+   Few rows are bound by reading `packed`, once, from front to back. With many, a chunk of them stays
+   in the second-level cache while all panels pass by, and a panel while the chunk's rows do. */
 
 #include "common.h"
 
@@ -56,8 +56,8 @@ INLINE void finish(const int rows, __m512 *sum, const bf16 *bias, void *out,
     }
 }
 
-INLINE void block(const int rows, const uint32_t *x, long x_stride, const uint32_t *panel, long pairs,
-                  const bf16 *bias, void *out, int is_float, long stride, long left) {
+INLINE void block(const int rows, const uint32_t *x, long x_stride, const uint32_t *panel,
+                  long pairs, const bf16 *bias, void *out, int is_float, long stride, long left) {
     __m512 sum[ROWS * VECTORS];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)

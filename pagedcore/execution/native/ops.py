@@ -81,6 +81,8 @@ class NativeOps(TorchOps):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, is_float: bool
     ) -> None:
         x = x.contiguous()
+        assert x.dtype == torch.bfloat16
+        assert bias is None or bias.dtype == torch.bfloat16
         rows, inputs = x.shape
         self._library.linear(
             x.data_ptr(),

@@ -20,7 +20,8 @@ INLINE float inverse_rms(const bf16 *x, long size, float eps) {
     return 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / size + eps);
 }
 
-/* out [T, h] = norm(x), or with a residual: residual += x, and out = norm(residual). `out` may be x. */
+/* out [T, h] = norm(x), or with a residual: residual += x, and out = norm(residual). `out` may be
+   x. */
 EXPORT void pagedcore_rms_norm(const bf16 *x, bf16 *residual, const bf16 *weight, float eps,
                                bf16 *out, long tokens, long size) {
 #pragma omp parallel for schedule(static) if (tokens * size > ALONE)
@@ -80,11 +81,11 @@ INLINE void turn_head(float *head, const float *cos, long half, int interleaved)
     }
 }
 
-/* Norm and turn queries and keys of qkv [T, (H + 2K) * D] in place, either where it is asked for, and
+/* Norm and turn queries and keys of qkv [T, (H + 2K) * D] in place, where either is asked for, and
    write keys and values [2K, D] into the slots of the store. */
 EXPORT void pagedcore_rope_and_cache(bf16 *qkv, long stride, long tokens, long num_heads,
-                                     long num_kv_heads, long size, const float *cos_sin, long rotated,
-                                     int interleaved, const bf16 *query_weight,
+                                     long num_kv_heads, long size, const float *cos_sin,
+                                     long rotated, int interleaved, const bf16 *query_weight,
                                      const bf16 *key_weight, float eps, const int64_t *positions,
                                      const int64_t *slots, bf16 *store) {
     long row = (num_heads + 2 * num_kv_heads) * size, kept = 2 * num_kv_heads * size;
