@@ -7,7 +7,7 @@
        packed   [P, I / 2, 32]  pairs: inputs 2i and 2i + 1 of output 32 p + n; zeros behind N
        out      [T, N]          bfloat16 or float
 
-   Few rows are bound by reading `packed`, once, from front to back. With many, a chunk of them stays
+   Few rows are bound by reading `packed`, once, from front to back. Of many, a chunk of rows stays
    in the second-level cache while all panels pass by, and a panel while the chunk's rows do. */
 
 #include "common.h"
