@@ -69,15 +69,21 @@ class EngineProcess:
         config: EngineConfig,
         *,
         address: str | None = None,
+        owns_folder: bool = False,
         usage: Usage = "serve",
         build: str = BUILD,
     ) -> None:
         """Start; the model loads in the child while this goes on. See `wait_ready`.
 
         :param address: path of the socket; by default in a new folder that `stop` removes.
+        :param owns_folder: whether the folder of a given `address` is removed, too.
         :param build: what makes the engine, as module:function; see `BUILD`.
         """
-        self._folder = None if address else tempfile.mkdtemp(prefix="pagedcore-")
+        self._folder: str | None = None
+        if address is None:
+            self._folder = tempfile.mkdtemp(prefix="pagedcore-")
+        elif owns_folder:
+            self._folder = os.path.dirname(address)
         self.address = address or f"{self._folder}/engine.sock"
         self._owner_pid = os.getpid()
         self._outcome: _Ready | StartFailure | None = None

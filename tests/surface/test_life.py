@@ -134,8 +134,9 @@ def test_a_second_signal_does_not_wait(start):  # LIFE-4
         assert server.process.wait(30) == 0
 
 
-def test_an_engine_that_stops_or_dies_is_seen_and_comes_back(start):  # LIFE-1, ERR-2, EN-28
-    with start() as server:
+def test_an_engine_that_stops_or_dies_is_seen_and_comes_back(start, tmp_path):
+    # LIFE-1, ERR-2, EN-28
+    with start(environment={"TMPDIR": str(tmp_path)}) as server:
         (stream,) = begun(server, 1, max_tokens=1000)
         pid = server.engine.state()["pid"]
         os.kill(pid, signal.SIGSTOP)
@@ -171,6 +172,7 @@ def test_an_engine_that_stops_or_dies_is_seen_and_comes_back(start):  # LIFE-1, 
         server.process.kill()
         server.process.wait(30)
         wait_gone(children)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_engine_that_cannot_start_ends_the_server(start):

@@ -26,14 +26,10 @@ class Supervisor:
         """Start an engine; see `EngineProcess`."""
         self._config = config
         self._build = build
-        self._processes = [EngineProcess(config, build=build)]
-        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
-        self.address = self._processes[0].address
-
-    @property
-    def process(self) -> EngineProcess:
+        self.process = EngineProcess(config, build=build)
         """The one that runs now."""
-        return self._processes[-1]
+        self.address = self.process.address
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
 
     async def wait_ready(self) -> EngineInfo:
         """Wait until the engine is loaded; raises as `EngineProcess.wait_ready` does."""
@@ -56,19 +52,16 @@ class Supervisor:
                 )
             self._deaths.append(now)
             logger.error("the engine has ended with exit status %d; it is started again", status)
-            # The first process owns the socket's folder, so it is stopped last.
-            for process in self._processes[1:]:
-                await asyncio.to_thread(process.stop)
-            self._processes[1:] = [
-                EngineProcess(self._config, address=self.address, build=self._build)
-            ]
+            await asyncio.to_thread(self.process.stop)  # which clears away what it left
+            self.process = EngineProcess(
+                self._config, address=self.address, owns_folder=True, build=self._build
+            )
             await self.wait_ready()
             logger.info("the engine is ready again")
 
     def close(self) -> None:
         """End the engine; see `EngineProcess.stop`."""
-        for process in reversed(self._processes):
-            process.stop()
+        self.process.stop()
 
 
 async def _ended(pid: int) -> None:
