@@ -18,7 +18,10 @@ PAGES = (
     "CHANGELOG.md",
     "deploy/README.md",
     *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "configuration", "hooks")),
-    *(f"docs/{name}.md" for name in ("offline", "plugins", "serving", "troubleshooting")),
+    *(
+        f"docs/{name}.md"
+        for name in ("offline", "performance", "plugins", "serving", "troubleshooting")
+    ),
 )
 COMMANDS = {"generate", "chat", "serve", "plugins", "bench", "--help", "--version"}
 
