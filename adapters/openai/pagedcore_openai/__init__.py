@@ -1,19 +1,24 @@
 """The OpenAI surface: an ASGI application over an engine's socket, and a bare server for it.
 
-app.py          build_app: the routes
-surface.py      Surface: what all requests of one front end share, from loading to draining
-gate.py         Gate: keys, limits and deadlines, before a request is looked at
-http_protocol.py  the same for bytes that are no request yet
-body.py         JSON bodies, and the fields that have no effect
-protocol.py     the fields of each request
-prepare.py      a request into what the engine takes
-answer.py       Answer: the choices of one request, from tokens to text
-chat.py         the shapes of chat answers
-completions.py  the shapes of completion answers
-logprobs.py     the shapes of log-probabilities
-event_stream.py server-sent events
-errors.py       exceptions into OpenAI's error bodies
-serve.py        the mount "asgi": uvicorn and an engine process
+app.py               build_app: the routes
+surface.py           Surface: what all requests of one front end share, from loading to draining
+gate.py              Gate: keys, limits and deadlines, before a request is looked at
+http_protocol.py     the same for bytes that are no request yet
+protocol.py          the fields of each request; body.py reads them, openapi.py tells of them
+intake.py            Intake: what every inference route does first
+prepare.py           a request into what the engine takes; bounded_inputs.py refuses what cannot fit
+answer.py            Answer: the choices of one request, from tokens to text
+prompt_answer.py     those of one prompt; pieces.py has what is new of a choice
+endpoints.py         chat, completions, models, tokens
+chat.py              the shapes of chat answers; completions.py, logprobs.py those of others
+event_stream.py      server-sent events
+responses.py         /v1/responses; response_*.py are its input, shapes and store
+probes.py            health, load and /metrics
+metrics.py           the page of /metrics; counters.py and timing.py are what fills it
+errors.py            exceptions into OpenAI's error bodies
+unbuilt.py           routes that say what they are not, and those that change the server
+chat.html            the page at /
+serve.py             the mount "asgi": uvicorn and an engine process that supervisor.py keeps alive
 """
 
 from collections.abc import Callable, Mapping
