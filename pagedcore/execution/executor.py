@@ -34,7 +34,10 @@ _MAX_SCORES = 2**26
 _MOST_COMMON = 64
 """Sequences of a step, in most deployments most of the time: their graphs are prepared first."""
 
-_NOT_FINITE = "the model's scores were not finite numbers (NaN), so no token could be drawn"
+_NOT_FINITE = (
+    "no token could be drawn: the model's scores were not finite numbers (NaN), or the request's "
+    "allowed_token_ids and bad_words leave no token"
+)
 
 
 @dataclass(slots=True)

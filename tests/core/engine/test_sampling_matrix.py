@@ -60,6 +60,7 @@ CASES = {
     "the end": dict(logit_bias={END: 100}),
     "the end ignored": dict(logit_bias={END: 100}, ignore_eos=True),
     "the end delayed": dict(logit_bias={END: 100}, min_tokens=4),
+    "nothing but the end": dict(allowed_token_ids=[END], min_tokens=4),
     "the end shown": dict(
         logit_bias={END: 100},
         min_tokens=2,
@@ -198,6 +199,8 @@ class Rules:
                     logits[ids[-1]] = -np.inf
         if len(outputs) < params.min_tokens:
             logits[[END, *params.stop_token_ids]] = -np.inf
+            if logits.max() == -np.inf:  # STOP-3
+                logits[END] = 0
         for token, bias in (params.logit_bias or {}).items():
             logits[token] += max(-100, min(100, bias))
         for token in {*PROMPT, *outputs}:

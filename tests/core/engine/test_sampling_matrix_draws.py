@@ -84,6 +84,17 @@ def survivors(p, min_p, top_k, top_p):
     return set(order[(before < top_p + 1e-4) & (p[order] > 0)].tolist())
 
 
+def test_a_request_that_leaves_no_token_fails_alone_and_says_why(engine):  # ERR-4
+    nothing = SamplingParams(allowed_token_ids=[64], bad_words=["a"], seed=1)
+    params = [SamplingParams(seed=1), nothing, SamplingParams(seed=2)]
+    left, failed, right = engine.generate(PROMPTS[:3], params, progress=False)
+    [choice] = failed.outputs
+    assert (choice.finish_reason, choice.token_ids) == ("error", [])
+    assert "allowed_token_ids and bad_words leave no token" in choice.message
+    assert [left.outputs[0].token_ids] == drawn(engine, params[0], PROMPTS[:1])[0]
+    assert [right.outputs[0].token_ids] == drawn(engine, params[2], PROMPTS[2:3])[0]
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 3.0])
 def test_tokens_come_as_often_as_the_model_says(plain, tiny, temperature):
     """1,536 draws of a first token: each frequency within five standard deviations."""
