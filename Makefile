@@ -9,7 +9,7 @@ demo: $(UV)   ## start that server, ask it a question through the openai client,
 	$(RUN) python examples/demo.py
 
 test: $(UV)   ## the whole suite; GPU tests skip without a GPU
-	$(RUN) pytest
+	$(RUN) pytest -n auto --dist loadfile
 
 check: $(UV)  ## format, lint, type-check
 	$(RUN) ruff format --check .
