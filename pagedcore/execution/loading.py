@@ -92,7 +92,8 @@ def build_executor(
     for_cache = int(config.cache.cpu_kv_cache_gib * memory.GIB)
     if device.type != "cuda" or memory.is_size_given(config.cache):  # known before any weight
         num_blocks, _ = size_cache(for_cache)
-        memory.check_cache_fits(num_blocks * make.block_bytes, available)
+        if device.type != "cuda":  # where memory that is not there is noticed late, if at all
+            memory.check_cache_fits(num_blocks * make.block_bytes, available)
     weights = checkpoint.tensors(dtype, device)
     with torch.inference_mode():
         model = model_class(replace(build, weights=weights, device=device))
