@@ -166,7 +166,7 @@ def _flag_type(name: str, hint: Any) -> tuple[Any, Callable[..., Any] | None]:
     if origin is tuple or origin is Sequence:
         several: Any = tuple[get_args(kind)[0], ...]  # type: ignore[misc]
         return (several | None if is_optional else several), None
-    return str | None, functools.partial(_read_json, kind)
+    return Any, functools.partial(_read_json, kind)
 
 
 def _read_count(kind: Any, tokens: Sequence[Token]) -> int:
