@@ -9,6 +9,7 @@ tensors when the draw's rows change, and not in each step. Earlier tokens are re
 table on the device alone, since with overlapped steps the host does not know the last of them.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -135,12 +136,12 @@ class History:
 _Asked = list[tuple[int, RowEdits]]
 
 
-class _Edit:
+class _Edit(ABC):
     """One kind of edit, of all sequences that ask for it. `index` [P or N] says which they are."""
 
+    @abstractmethod
     def apply(self, logits: Tensor, history: History) -> None:
         """Edit logits [S, V] in place."""
-        raise NotImplementedError
 
 
 @dataclass(slots=True)
