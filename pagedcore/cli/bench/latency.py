@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pagedcore.cli.bench.load import random_requests
 from pagedcore.cli.bench.report import PERCENTILES, drawable, percentiles, progress, save, show
+from pagedcore.cli.bench.synthetic import random_requests
 from pagedcore.cli.flags import command, engine_parameters, parameters, take
 from pagedcore.config import DEFAULT_MODEL
 from pagedcore.errors import ConfigError
@@ -47,6 +47,8 @@ class Benchmark:
     def __post_init__(self) -> None:
         if self.plot is not None:
             drawable(self.plot)
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.num_iters < 1 or self.num_iters_warmup < 0:
             raise ConfigError("num_iters must be at least 1 and num_iters_warmup not negative")
 
@@ -77,7 +79,7 @@ def latency(model: str = DEFAULT_MODEL, **options: Any) -> int:
             ignore_eos=True,
             detokenize=not wanted.disable_detokenize,
         )
-        prompts = [request.prompt_token_ids for request in requests]
+        prompts = [request.prompt for request in requests]
         latencies = []
         with progress() as bar:
             total = wanted.num_iters_warmup + wanted.num_iters

@@ -1,8 +1,9 @@
-"""Random requests: how long prompts and answers are, and when they come."""
+"""When requests are sent: a rate, how even their arrivals are, and how the rate grows."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,73 +12,49 @@ from pagedcore.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class RandomRequest:
-    """One prompt, and how many tokens its answer shall have."""
+class RampUp:
+    """A rate that goes from `start` to `end` requests per second, over all requests."""
 
-    prompt_token_ids: list[int]
-    output_len: int
+    strategy: Literal["linear", "exponential"]
+    start: float
+    end: float
 
+    def __post_init__(self) -> None:
+        if not (0 < self.start < math.inf and 0 < self.end < math.inf):
+            raise ConfigError("ramp_up_start_rps and ramp_up_end_rps must be numbers above 0")
 
-def random_requests(
-    num_prompts: int,
-    *,
-    input_len: int,
-    output_len: int,
-    range_ratio: float,
-    prefix_len: int,
-    vocab_size: int,
-    seed: int,
-) -> list[RandomRequest]:
-    """Requests of random tokens, the same for the same seed.
-
-    Lengths are uniform in [len * (1 - range_ratio), len * (1 + range_ratio)]; the first
-    `prefix_len` tokens are common to all and come on top. Raises ConfigError for values that make
-    no sense.
-    """
-    counts = {
-        "num_prompts": num_prompts,
-        "input_len": input_len + prefix_len,
-        "output_len": output_len,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, not {value}")
-    if not 0 <= range_ratio < 1:
-        raise ConfigError(f"random_range_ratio must be in [0, 1), not {range_ratio}")
-    rng = np.random.default_rng(seed)
-    inputs = _lengths(rng, num_prompts, input_len, range_ratio)
-    outputs = _lengths(rng, num_prompts, output_len, range_ratio)
-    prefix = rng.integers(0, vocab_size, prefix_len).tolist()
-    return [
-        RandomRequest(prefix + rng.integers(0, vocab_size, length).tolist(), int(output))
-        for length, output in zip(inputs, outputs, strict=True)
-    ]
-
-
-def _lengths(
-    rng: np.random.Generator, num: int, length: int, range_ratio: float
-) -> NDArray[np.int64]:
-    least = math.floor(length * (1 - range_ratio))
-    most = math.ceil(length * (1 + range_ratio))
-    return np.maximum(rng.integers(least, most + 1, num), min(length, 1))
+    def rates(self, num_prompts: int) -> NDArray[np.float64]:
+        """The rate at each request."""
+        progress = np.arange(num_prompts) / num_prompts
+        if self.strategy == "linear":
+            return self.start + (self.end - self.start) * progress
+        rates: NDArray[np.float64] = self.start * (self.end / self.start) ** progress
+        return rates
 
 
 def arrival_times(
-    num_prompts: int, *, request_rate: float, burstiness: float, seed: int
+    num_prompts: int,
+    *,
+    request_rate: float,
+    burstiness: float,
+    seed: int,
+    ramp_up: RampUp | None = None,
 ) -> Sequence[float]:
     """Seconds from the start at which requests are sent.
 
-    Intervals follow a gamma distribution with shape `burstiness` and mean 1 / request_rate; 1 is a
-    Poisson process, below is burstier, above more even. They are scaled so that the last request
-    comes at num_prompts / request_rate. An infinite rate sends all at once.
+    Intervals follow a gamma distribution with shape `burstiness` and mean 1 / rate; 1 is a Poisson
+    process, below is burstier, above more even. They are scaled so that the last request comes
+    when it should: at num_prompts / request_rate. An infinite rate sends all at once. `ramp_up`
+    gives each request a rate of its own, in place of `request_rate`.
     """
     if not request_rate > 0:
         raise ConfigError(f"request_rate must be above 0, not {request_rate}")
     if not burstiness > 0:
         raise ConfigError(f"burstiness must be above 0, not {burstiness}")
-    if math.isinf(request_rate):
+    if ramp_up is None and math.isinf(request_rate):
         return [0.0] * num_prompts
-    intervals = np.random.default_rng(seed).gamma(burstiness, 1.0, num_prompts)
+    rates = np.full(num_prompts, request_rate) if ramp_up is None else ramp_up.rates(num_prompts)
+    intervals = np.random.default_rng(seed).gamma(burstiness, 1.0, num_prompts) / rates
     times = np.cumsum(intervals)
-    scaled: list[float] = (times * (num_prompts / request_rate / times[-1])).tolist()
+    scaled: list[float] = (times * ((1 / rates).sum() / times[-1])).tolist()
     return scaled

@@ -102,6 +102,17 @@ def parse_goals(texts: Sequence[str]) -> dict[str, float]:
     return goals
 
 
+def parse_metadata(texts: Sequence[str]) -> dict[str, str]:
+    """Facts by name; raises ConfigError for text that is none."""
+    facts = {}
+    for text in texts:
+        name, mark, value = text.partition("=")
+        if not mark or not name.strip():
+            raise ConfigError(f"metadata must be names with values, such as gpu=H200, not {text!r}")
+        facts[name.strip()] = value.strip()
+    return facts
+
+
 def parse_metrics(text: str) -> list[str]:
     """Names separated by commas; raises ConfigError for one that is unknown."""
     names = text.split(",")

@@ -27,7 +27,7 @@ def percentiles(values: Sequence[float], wanted: Sequence[float]) -> dict[str, f
 
 def show(title: str, rows: Mapping[str, float | int | str]) -> None:
     """Print names and numbers."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=title, show_header=False, title_justify="left", min_width=len(title))
     table.add_column()
     table.add_column(justify="right")
     for name, value in rows.items():
@@ -37,7 +37,7 @@ def show(title: str, rows: Mapping[str, float | int | str]) -> None:
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows of cells, whose first is a name."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, min_width=len(title))
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:

@@ -3,25 +3,28 @@
 import asyncio
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pagedcore.cli.bench.client import Outcome, Server, ServerError
-from pagedcore.cli.bench.load import RandomRequest, arrival_times, random_requests
+from pagedcore.cli.bench.client import Outcome, Server
+from pagedcore.cli.bench.datasets import Dataset, take_dataset
+from pagedcore.cli.bench.drive import Sending, drive, wait_for_model
+from pagedcore.cli.bench.load import RampUp, arrival_times
 from pagedcore.cli.bench.metrics import (
     METRICS,
     details,
     parse_goals,
+    parse_metadata,
     parse_metrics,
     parse_percentiles,
     summary,
 )
-from pagedcore.cli.bench.report import progress, save, show
+from pagedcore.cli.bench.report import drawable, save, show
+from pagedcore.cli.bench.sharegpt import TokenCounter
+from pagedcore.cli.bench.synthetic import Ask
 from pagedcore.cli.flags import command, parameters, take
 from pagedcore.errors import ConfigError
 
@@ -50,35 +53,29 @@ class Benchmark:
     model: str | None = None
     """Model to ask for; by default the first that the server lists."""
 
-    num_prompts: int = 1000
-    """Requests."""
-
-    random_input_len: int = 1024
-    """Tokens of a prompt, before `random_range_ratio`."""
-
-    random_output_len: int = 128
-    """Tokens of an answer, before `random_range_ratio`."""
-
-    random_range_ratio: float = 0.0
-    """Lengths vary by up to this share, in [0, 1)."""
-
-    random_prefix_len: int = 0
-    """Tokens that all prompts begin with, on top of their own."""
-
-    random_vocab_size: int = 10000
-    """Prompts are made of token ids below this."""
-
     request_rate: float = math.inf
     """Requests per second; `inf` sends all at once."""
 
     burstiness: float = 1.0
     """1 is a Poisson process, below is burstier, above more even."""
 
+    ramp_up_strategy: Literal["linear", "exponential"] | None = None
+    """Let the rate grow, or fall, over the requests, in place of `request_rate`."""
+
+    ramp_up_start_rps: float | None = None
+    """Requests per second at first."""
+
+    ramp_up_end_rps: float | None = None
+    """Requests per second at last."""
+
     max_concurrency: int | None = None
     """Most requests at the same time; others wait, so that the rate may not be reached."""
 
     num_warmups: int = 1
     """Requests that are sent first and not counted."""
+
+    ready_check_timeout_sec: float = 0.0
+    """Seconds to wait for a server that is not there yet."""
 
     seed: int = 0
     """Seeds prompts, lengths and arrivals."""
@@ -89,6 +86,9 @@ class Benchmark:
     ignore_eos: bool = True
     """Ask for answers of exactly the length that was drawn."""
 
+    extra_body: Mapping[str, Any] | None = None
+    """Fields of each request, as a JSON object, such as `{"top_p": 0.9}`."""
+
     percentile_metrics: str = "ttft,tpot,itl,e2el"
     """Metrics to report, separated by commas."""
 
@@ -96,7 +96,13 @@ class Benchmark:
     """Percentiles to report, separated by commas."""
 
     goodput: tuple[str, ...] = ()
-    """Limit in milliseconds, such as `ttft:500`: requests that keep all limits are good."""
+    """Limits in milliseconds, such as `ttft:500 tpot:50`: requests that keep all are good."""
+
+    label: str | None = None
+    """A name for the result, in it and in its file's name."""
+
+    metadata: tuple[str, ...] = ()
+    """Facts for the result, such as `gpu=H200 run=3`."""
 
     save_result: bool = False
     """Write the result as JSON."""
@@ -108,13 +114,22 @@ class Benchmark:
     """Folder of the result."""
 
     result_filename: str | None = None
-    """File name of the result; by default made of backend, rate, model and time."""
+    """File name of the result; by default made of backend or label, rate, model and time."""
+
+    plot: str | None = None
+    """File for a chart (PNG): latencies by percentile, and what happened over time."""
 
     def __post_init__(self) -> None:
         if self.max_concurrency is not None and self.max_concurrency < 1:
             raise ConfigError(f"max_concurrency must be at least 1, not {self.max_concurrency}")
         if self.num_warmups < 0:
             raise ConfigError(f"num_warmups must not be negative, not {self.num_warmups}")
+        if not 0 <= self.ready_check_timeout_sec < math.inf:
+            raise ConfigError("ready_check_timeout_sec must be a number of seconds, or 0")
+        if self.plot is not None:
+            drawable(self.plot)
+        _ = self.ramp_up
+        parse_metadata(self.metadata)
         parse_metrics(self.percentile_metrics)
         parse_percentiles(self.metric_percentiles)
         parse_goals(self.goodput)
@@ -124,92 +139,98 @@ class Benchmark:
         """Where the server is."""
         return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
 
+    @property
+    def ramp_up(self) -> RampUp | None:
+        """How the rate changes; raises ConfigError for settings that do not go together."""
+        start, end = self.ramp_up_start_rps, self.ramp_up_end_rps
+        if self.ramp_up_strategy is None:
+            if start is not None or end is not None:
+                raise ConfigError("ramp_up_start_rps and ramp_up_end_rps need ramp_up_strategy")
+            return None
+        if start is None or end is None:
+            raise ConfigError("ramp_up_strategy needs ramp_up_start_rps and ramp_up_end_rps")
+        if not math.isinf(self.request_rate):
+            raise ConfigError("ramp_up_strategy takes the place of request_rate: leave one out")
+        return RampUp(self.ramp_up_strategy, start, end)
 
-@command(parameters(Benchmark))
+
+@command([*parameters(Dataset), *parameters(Benchmark, listed={"goodput", "metadata"})])
 def serve(**options: Any) -> int:
     """Measure latencies of a running server, under requests that arrive over time.
 
     Definitions are those of vLLM's `bench serve`. The key is that of OPENAI_API_KEY.
     """
-    wanted = Benchmark(**take(options, Benchmark))
-    requests = random_requests(
-        wanted.num_prompts,
-        input_len=wanted.random_input_len,
-        output_len=wanted.random_output_len,
-        range_ratio=wanted.random_range_ratio,
-        prefix_len=wanted.random_prefix_len,
-        vocab_size=wanted.random_vocab_size,
-        seed=wanted.seed,
-    )
+    wanted, dataset = Benchmark(**take(options, Benchmark)), take_dataset(options)
     times = arrival_times(
-        wanted.num_prompts,
+        dataset.num_prompts,
         request_rate=wanted.request_rate,
         burstiness=wanted.burstiness,
         seed=wanted.seed,
+        ramp_up=wanted.ramp_up,
     )
-    model, outcomes, duration = asyncio.run(_measure(wanted, requests, times))
+    server = Server(wanted.url, os.environ.get("OPENAI_API_KEY"))
+    model = wanted.model
+    if model is None or wanted.ready_check_timeout_sec:
+        listed = asyncio.run(wait_for_model(server, wanted.ready_check_timeout_sec))
+        model = model or listed
+    requests = dataset.requests(
+        seed=wanted.seed,
+        vocab_size=dataset.random_vocab_size,
+        count_tokens=TokenCounter(dataset.tokenizer or model),
+    )
+    sendings = [
+        Sending(_request_body(request, model, wanted), due)
+        for request, due in zip(requests, times, strict=True)
+    ]
+    path = wanted.endpoint or PATHS[wanted.backend]
+    outcomes, duration = asyncio.run(
+        drive(server, path, sendings, num_warmups=wanted.num_warmups, most=wanted.max_concurrency)
+    )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if len(failed) == len(outcomes):
         raise ConfigError(f"no request was answered; the first failed with {failed[0].error}")
-    result = {
-        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
-        "backend": wanted.backend,
-        "model_id": model,
-        "num_prompts": wanted.num_prompts,
-        "request_rate": "inf" if math.isinf(wanted.request_rate) else wanted.request_rate,
-        "burstiness": wanted.burstiness,
-        "max_concurrency": wanted.max_concurrency,
-        **summary(
-            outcomes,
-            duration,
-            metrics=parse_metrics(wanted.percentile_metrics),
-            wanted=parse_percentiles(wanted.metric_percentiles),
-            goals=parse_goals(wanted.goodput),
-        ),
-    }
+    result = _describe(wanted, dataset, model) | summary(
+        outcomes,
+        duration,
+        metrics=parse_metrics(wanted.percentile_metrics),
+        wanted=parse_percentiles(wanted.metric_percentiles),
+        goals=parse_goals(wanted.goodput),
+    )
     _show(result, wanted, failed)
     if wanted.save_result or wanted.save_detailed:
-        if wanted.save_detailed:
-            result |= details(outcomes)
-        save(_path(wanted, result), result)
+        numbers = details(outcomes) if wanted.save_detailed else {}
+        save(_path(wanted, result), {**result, **numbers})
+    if wanted.plot:
+        from pagedcore.cli.bench.plot import draw_serve
+
+        rate = "all at once" if math.isinf(wanted.request_rate) else f"{wanted.request_rate:g}/s"
+        draw_serve(Path(wanted.plot), f"{model}: {dataset.num_prompts} requests, {rate}", outcomes)
     return 1 if failed else 0
 
 
-async def _measure(
-    wanted: Benchmark, requests: Sequence[RandomRequest], times: Sequence[float]
-) -> tuple[str, list[Outcome], float]:
-    """Send the requests when their time has come: the model, outcomes, and seconds of it all."""
-    server = Server(wanted.url, os.environ.get("OPENAI_API_KEY"))
-    try:
-        model = wanted.model or await server.model()
-    except (OSError, ServerError) as error:
-        raise ConfigError(f"cannot ask {wanted.url} for its models: {error}") from None
-    path = wanted.endpoint or PATHS[wanted.backend]
-    for request in requests[: wanted.num_warmups]:
-        outcome = await server.stream(path, _request_body(request, model, wanted))
-        if outcome.error is not None:
-            raise ConfigError(f"the first request to {wanted.url} failed: {outcome.error}")
-    limit = asyncio.Semaphore(wanted.max_concurrency) if wanted.max_concurrency else nullcontext()
-    with progress() as bar:
-        task = bar.add_task("requests", total=len(requests))
-
-        async def send(request: RandomRequest) -> Outcome:
-            body = _request_body(request, model, wanted)
-            async with limit:
-                outcome = await server.stream(path, body)
-            bar.advance(task)
-            return outcome
-
-        started = time.perf_counter()
-        running = []
-        for request, due in zip(requests, times, strict=True):
-            await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
-            running.append(asyncio.create_task(send(request)))
-        outcomes = await asyncio.gather(*running)
-        return model, outcomes, time.perf_counter() - started
+def _describe(wanted: Benchmark, dataset: Dataset, model: str) -> dict[str, Any]:
+    """What was asked for, with the names of vLLM's result."""
+    facts: dict[str, Any] = {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": wanted.backend,
+        "backend": wanted.backend,
+        "label": wanted.label,
+        "model_id": model,
+        "tokenizer_id": dataset.tokenizer or model,
+        "dataset_name": dataset.dataset_name,
+        "num_prompts": dataset.num_prompts,
+        **parse_metadata(wanted.metadata),
+        "request_rate": "inf" if math.isinf(wanted.request_rate) else wanted.request_rate,
+        "burstiness": wanted.burstiness,
+        "max_concurrency": wanted.max_concurrency,
+    }
+    if wanted.ramp_up_strategy is not None:
+        names = ("ramp_up_strategy", "ramp_up_start_rps", "ramp_up_end_rps")
+        facts |= {name: getattr(wanted, name) for name in names}
+    return facts
 
 
-def _request_body(request: RandomRequest, model: str, wanted: Benchmark) -> dict[str, Any]:
+def _request_body(request: Ask, model: str, wanted: Benchmark) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": request.output_len,
@@ -219,10 +240,12 @@ def _request_body(request: RandomRequest, model: str, wanted: Benchmark) -> dict
     }
     if wanted.ignore_eos:
         body["ignore_eos"] = True
+    body |= wanted.extra_body or {}
+    prompt = request.prompt
     if wanted.backend == "openai":
-        return {**body, "prompt": request.prompt_token_ids}
-    words = " ".join(f"w{token}" for token in request.prompt_token_ids)
-    return {**body, "messages": [{"role": "user", "content": words}]}
+        return {**body, "prompt": prompt}
+    text = prompt if isinstance(prompt, str) else " ".join(f"w{token}" for token in prompt)
+    return {**body, "messages": [{"role": "user", "content": text}]}
 
 
 def _show(result: Mapping[str, Any], wanted: Benchmark, failed: Sequence[Outcome]) -> None:
@@ -235,8 +258,10 @@ def _show(result: Mapping[str, Any], wanted: Benchmark, failed: Sequence[Outcome
         "requests/s": result["request_throughput"],
         "answer tokens/s": result["output_throughput"],
         "tokens/s, prompts and answers": result["total_token_throughput"],
+        "answer tokens/s, best second": result["max_output_tokens_per_s"],
+        "requests at once, most": result["max_concurrent_requests"],
     }
-    if "request_goodput" in result:
+    if result["request_goodput"] is not None:
         rows["good requests/s"] = result["request_goodput"]
     show(f"{result['model_id']} at {wanted.url}", rows)
     for name in parse_metrics(wanted.percentile_metrics):
@@ -252,5 +277,7 @@ def _path(wanted: Benchmark, result: Mapping[str, Any]) -> Path:
     name = wanted.result_filename
     if name is None:
         model = str(result["model_id"]).split("/")[-1]
-        name = f"{wanted.backend}-{result['request_rate']}qps-{model}-{result['date']}.json"
+        most = "" if wanted.max_concurrency is None else f"-concurrency{wanted.max_concurrency}"
+        kind, rate = wanted.label or wanted.backend, f"{result['request_rate']}qps{most}"
+        name = f"{kind}-{rate}-{model}-{result['date']}.json"
     return Path(wanted.result_dir, name)

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pagedcore.cli.bench.report import PERCENTILES, percentiles, progress, save, show
+from pagedcore.cli.bench.report import (
+    PERCENTILES,
+    drawable,
+    percentiles,
+    progress,
+    save,
+    show_table,
+)
 from pagedcore.cli.flags import command, engine_parameters, parameters, take
 from pagedcore.config import DEFAULT_MODEL, EngineConfig
 from pagedcore.errors import ConfigError, ModelError
@@ -34,7 +41,12 @@ class Benchmark:
     output_json: str | None = None
     """File for the result."""
 
+    plot: str | None = None
+    """File for a chart (PNG) of the phases."""
+
     def __post_init__(self) -> None:
+        if self.plot is not None:
+            drawable(self.plot)
         if min(self.num_iters_cold, self.num_iters_warmup, self.num_iters_warm) < 0:
             raise ConfigError("numbers of starts must not be negative")
         if self.num_iters_cold + self.num_iters_warm < 1:
@@ -45,7 +57,10 @@ class Benchmark:
 def startup(model: str = DEFAULT_MODEL, **options: Any) -> int:
     """Measure the seconds until a new process can answer, and where they go.
 
-    Files of the model come from the operating system's cache in both cases, once they were read.
+    Phases: `import` (with the interpreter's own start), `config` (plugins, model files, text side),
+    `weights`, `profile` (memory, and the cache), together `total`; `graphs` are captured when the
+    engine is ready, and come on top. Files of the model come from the operating system's cache in
+    both cases, once they were read.
     """
     wanted = Benchmark(**take(options, Benchmark))
     EngineConfig.from_options(model=model, **options)  # complains before a process is started
@@ -64,19 +79,34 @@ def startup(model: str = DEFAULT_MODEL, **options: Any) -> int:
                 bar.advance(task)
             if num_counted:
                 result |= _summary(kind, starts[num_ignored:])
-    for kind in kinds:
-        if f"avg_{kind}_startup_time" in result:
-            rows = {"average (s)": result[f"avg_{kind}_startup_time"]}
-            rows |= {f"p{p} (s)": v for p, v in result[f"{kind}_startup_percentiles"].items()}
-            rows |= {f"{name} (s)": v for name, v in result[f"{kind}_phases"].items()}
-            show(f"Start with a {kind} cache", rows)
+    _show(model, [kind for kind in kinds if f"{kind}_phases" in result], result)
     if wanted.output_json:
         save(Path(wanted.output_json), result)
+    if wanted.plot:
+        from pagedcore.cli.bench.plot import draw_startup
+
+        bars = {
+            f"{kind} cache": {k: v for k, v in result[f"{kind}_phases"].items() if k != "total"}
+            for kind in kinds
+            if f"{kind}_phases" in result
+        }
+        draw_startup(Path(wanted.plot), f"Start of {model}", bars)
     return 0
 
 
+def _show(model: str, kinds: list[str], result: dict[str, Any]) -> None:
+    """A column for each kind of start: its phases, then how much the whole varies."""
+    columns = ["seconds", *(f"{kind} cache" for kind in kinds)]
+    phases = [result[f"{kind}_phases"] for kind in kinds]
+    rows = [[name, *(f"{of_kind[name]:.2f}" for of_kind in phases)] for name in phases[0]]
+    for percentile in map(str, PERCENTILES):
+        totals = [result[f"{kind}_startup_percentiles"][percentile] for kind in kinds]
+        rows.append([f"total, p{percentile}", *(f"{total:.2f}" for total in totals)])
+    show_table(f"Start of {model}", columns, rows)
+
+
 def _start(order: str, cache: Path) -> tuple[float, dict[str, float]]:
-    """Start one process: seconds until it was ready, and those of its own phases."""
+    """Start one process: seconds until it was ready, and those of each phase."""
     environment = {**os.environ, **{name: str(cache) for name in _CACHES}}
     started = time.perf_counter()
     with subprocess.Popen(
@@ -90,11 +120,14 @@ def _start(order: str, cache: Path) -> tuple[float, dict[str, float]]:
         assert process.stdout is not None
         process.stdin.write(order)
         process.stdin.close()
-        answer = process.stdout.readline()
+        ready = process.stdout.readline()
         seconds = time.perf_counter() - started
-    if not answer:
+        prepared = process.stdout.readline()
+    if not ready or not prepared:
         raise ModelError("the engine did not start; the reason stands above")
-    return seconds, json.loads(answer)
+    own = json.loads(ready)
+    phases = {"import": seconds - sum(own.values()), **own, "total": seconds}
+    return seconds, {**phases, **json.loads(prepared)}
 
 
 def _summary(kind: str, starts: list[tuple[float, dict[str, float]]]) -> dict[str, Any]:

@@ -5,31 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pagedcore.cli.bench.load import random_requests
+from pagedcore.cli.bench.datasets import Dataset, take_dataset
 from pagedcore.cli.bench.report import save, show
 from pagedcore.cli.flags import command, engine_parameters, parameters, take
 from pagedcore.config import DEFAULT_MODEL
+from pagedcore.errors import ConfigError
 from pagedcore.request import SamplingParams
+
+_NOT_HERE = ("tokenizer", "random_vocab_size")
+"""The model in this process knows them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
     """What is measured."""
 
-    input_len: int = 1024
-    """Tokens of a prompt, before `random_range_ratio`."""
-
-    output_len: int = 128
-    """Tokens of an answer, before `random_range_ratio`."""
-
-    num_prompts: int = 1000
-    """Requests."""
-
-    random_range_ratio: float = 0.0
-    """Lengths vary by up to this share, in [0, 1)."""
-
-    prefix_len: int = 0
-    """Tokens that all prompts begin with, on top of their own."""
+    prefix_len: int | None = None
+    """The same as `random_prefix_len`."""
 
     n: int = 1
     """Answers per prompt."""
@@ -41,21 +33,22 @@ class Benchmark:
     """File for the result."""
 
 
-@command([*parameters(Benchmark), *engine_parameters()])
+@command([*parameters(Dataset, skip=_NOT_HERE), *parameters(Benchmark), *engine_parameters()])
 def throughput(model: str = DEFAULT_MODEL, **options: Any) -> int:
     """Measure requests and tokens per second when all prompts are there at once."""
     wanted = Benchmark(**take(options, Benchmark))
+    if wanted.prefix_len is not None:
+        if "random_prefix_len" in options:
+            raise ConfigError("prefix_len and random_prefix_len are the same: leave one out")
+        options["random_prefix_len"] = wanted.prefix_len
+    dataset = take_dataset(options, skip=_NOT_HERE)
     from pagedcore import LLM
 
     with LLM(model, **options) as llm:
-        requests = random_requests(
-            wanted.num_prompts,
-            input_len=wanted.input_len,
-            output_len=wanted.output_len,
-            range_ratio=wanted.random_range_ratio,
-            prefix_len=wanted.prefix_len,
-            vocab_size=llm.engine.info.vocab_size,
+        requests = dataset.requests(
             seed=options.get("seed", 0),
+            vocab_size=llm.engine.info.vocab_size,
+            count_tokens=lambda text: len(llm.tokenizer.encode(text)),
         )
         params = [
             SamplingParams(
@@ -67,7 +60,7 @@ def throughput(model: str = DEFAULT_MODEL, **options: Any) -> int:
             for request in requests
         ]
         started = time.perf_counter()
-        outputs = llm.generate([request.prompt_token_ids for request in requests], params)
+        outputs = llm.generate([request.prompt for request in requests], params)
         elapsed = time.perf_counter() - started
     num_input = sum(len(output.prompt_token_ids) for output in outputs)
     num_output = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)

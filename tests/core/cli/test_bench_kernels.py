@@ -145,3 +145,12 @@ def test_a_dry_run_without_a_gpu_asks_for_the_interpreter(fake, monkeypatch):
 def test_a_backend_measures_if_it_has_the_method():
     assert isinstance(Fake(), Measured)
     assert not isinstance(object(), Measured)
+
+
+def test_shares_are_drawn_and_the_same_figures_make_the_same_file(fake, tmp_path):
+    paths = [tmp_path / "one.png", tmp_path / "two.png"]
+    for path in paths:
+        assert run("--skip", "checks", "--plot", str(path)) == 0
+    one, two = (path.read_bytes() for path in paths)
+    assert one.startswith(b"\x89PNG")
+    assert one == two

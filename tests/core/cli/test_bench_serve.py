@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from pagedcore.cli import main
 from pagedcore.cli.bench.client import Outcome, Server, _body, _events
-from pagedcore.cli.bench.load import arrival_times, random_requests
-from pagedcore.cli.bench.metrics import summary
-from pagedcore.errors import ConfigError
+from pagedcore.cli.bench.load import RampUp, arrival_times
+from pagedcore.cli.bench.metrics import details, summary
+from pagedcore.cli.bench.timeline import running_requests, token_rates
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -27,7 +27,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self._send(200, json.dumps({"data": [{"id": "org/tiny"}]}).encode())
+        if self.server.site.asks_before_ready:
+            self.server.site.asks_before_ready -= 1
+            self._send(503, b"starting")
+        else:
+            self._send(200, json.dumps({"data": [{"id": "org/tiny"}]}).encode())
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -82,6 +86,7 @@ class Site:
         self.bodies = []
         self.failing = set()
         self.ends_streams = True
+        self.asks_before_ready = 0
         self.at_once = self.most_at_once = 0
 
 
@@ -141,6 +146,8 @@ def test_chats_are_measured_from_their_first_word(site, bench):
     _, result = bench("--backend", "openai-chat", "--save-detailed")
     assert site.bodies[0][0] == "/v1/chat/completions"
     assert [len(intervals) for intervals in result["itls"]] == [3] * 6
+    assert result["generated_texts"] == ["xxxx"] * 6
+    assert min(result["start_times"]) == 0
 
 
 def test_a_server_may_be_given_by_host_port_and_path(site, capsys):
@@ -188,8 +195,9 @@ def test_no_server_is_one_line(capsys):
 def test_goodput_counts_those_that_keep_all_limits(site, bench):
     _, result = bench("--goodput", "ttft:60000", "--goodput", "e2el:60000")
     assert result["request_goodput"] == pytest.approx(result["request_throughput"])
-    _, result = bench("--goodput", "ttft:60000", "--goodput", "e2el:0.000001")
+    _, result = bench("--goodput", "ttft:60000", "e2el:0.000001", "--seed", "3")
     assert result["request_goodput"] == 0
+    assert bench()[1]["request_goodput"] is None
 
 
 @pytest.mark.parametrize(
@@ -203,14 +211,142 @@ def test_goodput_counts_those_that_keep_all_limits(site, bench):
         ("--metric-percentiles", "many"),
         ("--max-concurrency", "0"),
         ("--num-prompts", "0"),
+        ("--ramp-up-start-rps", "2"),
+        ("--ramp-up-strategy", "linear"),
+        ("--metadata", "gpu"),
+        ("--extra-body", "[1]"),
+        ("--ready-check-timeout-sec", "-1"),
+        ("--plot", "chart.jpg"),
+        ("--random-vocab-size", "0"),
+        ("--random-input-len", "0"),
         ("--request-rate", "0"),
         ("--burstiness", "-1"),
         ("--random-range-ratio", "1"),
     ],
 )
 def test_a_value_without_meaning_is_refused_before_anything_is_sent(site, bench, flag, value):
-    assert bench(flag, value) == (1, None)
+    status, result = bench(flag, value)
+    assert status in (1, 2)  # 2 for what no command line can mean
+    assert result is None
     assert site.bodies == []
+
+
+def test_a_server_that_starts_is_waited_for_when_asked(site, bench):
+    site.asks_before_ready = 2
+    assert bench("--ready-check-timeout-sec", "60")[0] == 0
+    site.asks_before_ready = 1
+    assert bench()[0] == 1
+
+
+def test_a_result_says_what_was_asked_for(site, bench):
+    facts = [
+        "--label",
+        "night",
+        "--metadata",
+        "gpu=H200",
+        "run=3",
+        "--extra-body",
+        '{"top_p": 0.5}',
+    ]
+    ramp = [
+        "--ramp-up-strategy",
+        "linear",
+        "--ramp-up-start-rps",
+        "1e3",
+        "--ramp-up-end-rps",
+        "9e3",
+    ]
+    _, result = bench(*facts, *ramp)
+    assert (result["label"], result["gpu"], result["run"]) == ("night", "H200", "3")
+    assert (result["ramp_up_strategy"], result["ramp_up_end_rps"]) == ("linear", 9000)
+    assert result["dataset_name"] == "random"
+    assert result["endpoint_type"] == "openai"
+    assert 1 <= result["max_concurrent_requests"] <= 6
+    assert all(body["top_p"] == 0.5 for _, body, _ in site.bodies)
+
+
+def test_latencies_and_what_happened_are_drawn(bench, tmp_path):
+    path = tmp_path / "chart.png"
+    assert bench("--plot", str(path))[0] == 0
+    assert bench("--plot", str(path), "--random-output-len", "1")[0] == 0  # without intervals
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_chats_of_a_file_are_sent_as_text_and_counted_by_the_tokenizer(
+    site, tmp_path, backend, word_tokenizer
+):
+    turns = [{"value": "one two three four"}, {"value": "a b c d e"}]
+    chats = tmp_path / "chats.json"
+    chats.write_text(json.dumps([{"conversations": turns}]))
+    flags = ["--dataset-name", "sharegpt", "--dataset-path", str(chats), "--num-prompts", "2"]
+    where = ["--base-url", site.url, "--backend", backend, "--tokenizer", str(word_tokenizer)]
+    assert main(["bench", "serve", *where, *flags]) == 0
+    for _, body, _ in site.bodies:
+        assert body["max_tokens"] == 5
+        text = body["prompt"] if backend == "openai" else body["messages"][0]["content"]
+        assert text == "one two three four"
+
+
+@pytest.fixture
+def word_tokenizer(tmp_path):
+    """The folder of a tokenizer whose tokens are words."""
+    model = {"type": "WordLevel", "vocab": {"word": 0}, "unk_token": "word"}
+    tokenizer = {"version": "1.0", "model": model, "pre_tokenizer": {"type": "Whitespace"}}
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": []}))
+    return folder
+
+
+def test_a_file_gets_its_name_from_what_was_asked_for(site, tmp_path):
+    where = ["--base-url", site.url, "--result-dir", str(tmp_path), "--save-result"]
+    sizes = ["--num-prompts", "1", "--random-output-len", "1", "--max-concurrency", "2"]
+    assert main(["bench", "serve", *where, *sizes, "--label", "night"]) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("night-infqps-concurrency2-tiny-")
+
+
+def test_answers_of_one_token_have_no_intervals_to_report(bench):
+    status, result = bench("--random-output-len", "1")
+    assert status == 0
+    assert "mean_tpot_ms" not in result
+    assert "mean_ttft_ms" in result
+
+
+def test_a_timeline_counts_what_runs_and_what_comes():
+    done = [
+        Outcome(10.0, None, 5, 4, 0.5, [1.0], 1.5),  # two tokens at 10.5, two at 11.5
+        Outcome(11.0, None, 5, 2, 0.25, [0.25], 0.5),  # one at 11.25, one at 11.5
+        Outcome(11.5, None, 5, 1, 0.5, [], 0.5),  # one at 12.0, as the others end and it starts
+    ]
+    moments, running = running_requests(done)
+    assert list(moments) == [0.0, 1.0, 1.5, 1.5, 1.5, 2.0]
+    assert list(running) == [1, 2, 1, 0, 1, 0]
+    starts, rates = token_rates(done)
+    assert list(starts) == [0.0, 1.0, 2.0]
+    assert list(rates) == [2.0, 5.0, 5.0]
+    assert details(done)["start_times"] == [0.0, 1.0, 1.5]
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 50), st.integers(1, 9), st.lists(st.floats(0, 3), max_size=5)),
+        min_size=1,
+        max_size=20,
+    ),
+    st.floats(0.05, 5),
+)
+def test_no_token_is_lost_in_a_timeline(requests, bin_s):
+    done = [
+        Outcome(100 + start, None, 1, num, 0.25, gaps, 0.25 + sum(gaps))
+        for start, num, gaps in requests
+    ]
+    _, rates = token_rates(done, bin_s)
+    assert rates[:-1].sum() * bin_s == pytest.approx(sum(outcome.num_output for outcome in done))
+    _, running = running_requests(done)
+    assert running.min() >= 0
+    assert running[-1] == 0
 
 
 def test_the_statistics_are_those_of_the_definitions():
@@ -255,22 +391,20 @@ def test_burstiness_changes_how_even_arrivals_are():
     assert spread(0.25) == pytest.approx(2.0, rel=0.1)
 
 
-@given(st.integers(1, 50), st.integers(0, 40), st.floats(0, 0.9), st.integers(0, 5))
-def test_random_requests_have_the_lengths_that_were_asked_for(num, length, ratio, prefix):
-    asked = dict(input_len=length, output_len=7, range_ratio=ratio, prefix_len=prefix)
-    if length + prefix < 1:
-        with pytest.raises(ConfigError):
-            random_requests(num, **asked, vocab_size=9, seed=3)
-        return
-    requests = random_requests(num, **asked, vocab_size=9, seed=3)
-    assert requests == random_requests(num, **asked, vocab_size=9, seed=3)
-    assert len(requests) == num
-    for request in requests:
-        own = len(request.prompt_token_ids) - prefix
-        assert length * (1 - ratio) - 1 <= own <= length * (1 + ratio) + 1
-        assert request.prompt_token_ids[:prefix] == requests[0].prompt_token_ids[:prefix]
-        assert all(0 <= token < 9 for token in request.prompt_token_ids)
-        assert 1 <= request.output_len <= 7 * (1 + ratio) + 1
+@given(
+    st.sampled_from(["linear", "exponential"]),
+    st.floats(0.1, 50),
+    st.floats(0.1, 50),
+    st.integers(2, 300),
+)
+def test_a_ramp_goes_from_one_rate_towards_the_other(strategy, start, end, num):
+    ramp = RampUp(strategy, start, end)
+    rates = ramp.rates(num)
+    assert rates[0] == pytest.approx(start)
+    assert min(start, end) * 0.999 <= rates.min() <= rates.max() <= max(start, end) * 1.001
+    assert list(rates) == sorted(rates, reverse=start > end)
+    times = arrival_times(num, request_rate=np.inf, burstiness=1e6, seed=0, ramp_up=ramp)
+    assert np.diff(times) == pytest.approx(1 / rates[1:], rel=0.05)  # nearly even arrivals
 
 
 @settings(deadline=None)
