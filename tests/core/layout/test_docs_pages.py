@@ -1,6 +1,7 @@
 """Pages of documentation say what the code says."""
 
 import ast
+import inspect
 import re
 
 import pytest
@@ -17,7 +18,7 @@ from pagedcore_openai.counters import Counters
 from pagedcore_openai.metrics import exposition
 
 REMEDY = "print it anew: python -m pagedcore.cli.reference > docs/configuration.md"
-FLAGS_OF_OTHERS = {"--dry-run", "--out", "--help", "--from", "--with", "--tune", "--enable-shared"}
+FLAGS_OF_OTHERS = {"--dry-run", "--out", "--help", "--from", "--with", "--enable-shared"}
 
 
 @pytest.fixture
@@ -41,12 +42,13 @@ def test_the_page_of_settings_has_every_one(read):
 
 def declared_flags():
     """Every flag of every command."""
-    from pagedcore.cli.bench import latency, serve, startup, throughput
+    from pagedcore.cli.bench import kernels, latency, serve, startup, throughput
 
     flags = [*engine_parameters(), *engine_parameters(rename={"seed": "engine_seed"})]
     flags += [*parameters(ServerConfig), *parameters(SamplingParams)]
-    for module in (latency, serve, startup, throughput):
-        flags += parameters(module.Benchmark)
+    benches = (kernels.kernels, latency.latency, serve.serve, startup.startup)
+    for bench in (*benches, throughput.throughput):
+        flags += inspect.signature(bench).parameters.values()
     names = {flag.name.replace("_", "-") for flag in flags} | {"model", "server", "prompt"}
     return {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
 
