@@ -11,11 +11,11 @@ from pagedcore.cli.bench.report import percentiles
 from pagedcore.cli.bench.timeline import running_requests, token_rates
 from pagedcore.errors import ConfigError
 
-METRICS = {
-    "ttft": "Time to first token",
-    "tpot": "Time per output token after the first",
-    "itl": "Time between tokens",
-    "e2el": "Time to the last token",
+METRICS = {  # and what is timed, in a few words
+    "ttft": "first token",
+    "tpot": "tokens after",
+    "itl": "between tokens",
+    "e2el": "last token",
 }
 
 

@@ -66,7 +66,8 @@ def draw_serve(path: Path, title: str, outcomes: Sequence[Outcome]) -> None:
         first.plot(
             [outcome.started - start for outcome in done],
             [1000 * outcome.time_to_first for outcome in done],
-            linestyle="none", marker="o", markersize=3, alpha=0.6, color=BLUE, markeredgewidth=0,
+            linestyle="none", marker="o", markersize=3.5, alpha=0.6, color=BLUE, markeredgewidth=0,
+            clip_on=False,
         )  # fmt: skip
         first.set_title("Time to first token of each request (ms)")
         others[0].set_title("Requests that run")
@@ -92,7 +93,7 @@ def _percentiles(axes: Any, done: Sequence[Outcome]) -> None:
         if not values:
             continue
         p50, p99 = np.percentile(values, [50, 99])
-        label = f"{name.upper()}: p50 {p50:,.3g}, p99 {p99:,.3g}"
+        label = f"{name.upper()}: p50 {_short(p50)}, p99 {_short(p99)}"
         axes.plot(wanted, np.percentile(values, wanted), color=color, linewidth=2, label=label)
         axes.plot([50, 99], [p50, p99], linestyle="none", marker="o", markersize=4.5, color=color)
     axes.set_yscale("log")
@@ -103,6 +104,11 @@ def _percentiles(axes: Any, done: Sequence[Outcome]) -> None:
     axes.set_title("Latency (ms)")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
     axes.margins(y=0.08)
+
+
+def _short(value: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def draw_latency(path: Path, title: str, latencies: Sequence[float]) -> None:

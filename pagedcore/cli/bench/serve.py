@@ -22,7 +22,7 @@ from pagedcore.cli.bench.metrics import (
     parse_percentiles,
     summary,
 )
-from pagedcore.cli.bench.report import drawable, save, show
+from pagedcore.cli.bench.report import drawable, save, show, show_table
 from pagedcore.cli.bench.sharegpt import TokenCounter
 from pagedcore.cli.bench.synthetic import Ask
 from pagedcore.cli.flags import command, parameters, take
@@ -203,9 +203,18 @@ def serve(**options: Any) -> int:
     if wanted.plot:
         from pagedcore.cli.bench.plot import draw_serve
 
-        rate = "all at once" if math.isinf(wanted.request_rate) else f"{wanted.request_rate:g}/s"
-        draw_serve(Path(wanted.plot), f"{model}: {dataset.num_prompts} requests, {rate}", outcomes)
+        title = f"{model}: {dataset.num_prompts} requests, {_rate(wanted)}"
+        draw_serve(Path(wanted.plot), title, outcomes)
     return 1 if failed else 0
+
+
+def _rate(wanted: Benchmark) -> str:
+    """How requests come, in words."""
+    if wanted.ramp_up is not None:
+        return f"{wanted.ramp_up.start:g} to {wanted.ramp_up.end:g} per second"
+    if math.isinf(wanted.request_rate):
+        return "all at once"
+    return f"{wanted.request_rate:g} per second"
 
 
 def _describe(wanted: Benchmark, dataset: Dataset, model: str) -> dict[str, Any]:
@@ -264,11 +273,14 @@ def _show(result: Mapping[str, Any], wanted: Benchmark, failed: Sequence[Outcome
     if result["request_goodput"] is not None:
         rows["good requests/s"] = result["request_goodput"]
     show(f"{result['model_id']} at {wanted.url}", rows)
-    for name in parse_metrics(wanted.percentile_metrics):
-        ending = f"_{name}_ms"
-        found = {key.removesuffix(ending): v for key, v in result.items() if key.endswith(ending)}
-        if found:
-            show(f"{METRICS[name]}, {name.upper()} (ms)", found)
+    metrics = [m for m in parse_metrics(wanted.percentile_metrics) if f"mean_{m}_ms" in result]
+    percentiles = [f"p{p:g}" for p in parse_percentiles(wanted.metric_percentiles)]
+    columns = ["mean", "median", "std", *percentiles]
+    latencies = [
+        [f"{name.upper()}: {METRICS[name]}", *(f"{result[f'{c}_{name}_ms']:,.2f}" for c in columns)]
+        for name in metrics
+    ]
+    show_table("Latency", ["ms", *columns], latencies)
     if failed:
         show("First failure", {"error": str(failed[0].error)})
 
