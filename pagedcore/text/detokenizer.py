@@ -56,9 +56,11 @@ class Detokenizer:
                 return ""
             return self._cut(text)
         piece = self._added(text)
-        self._window = self._window[self._num_sent :]
-        self._num_sent = len(self._window)
-        self._sent = self._decode(self._window)
+        new = self._window[self._num_sent :]
+        sent = self._decode(new)
+        if _REPLACEMENT in sent and _REPLACEMENT not in text:
+            new, sent = self._window, text  # the prompt ended within the character that new ends
+        self._window, self._num_sent, self._sent = new, len(new), sent
         return self._joined(piece, token_id) if self._join_special else piece
 
     def steps(self, token_ids: Sequence[int]) -> str:

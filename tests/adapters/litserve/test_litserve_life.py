@@ -138,7 +138,8 @@ def test_an_engine_that_dies_at_its_start_is_not_started_for_ever(launch):  # D2
     with launch(build="builders:dying") as program:
         assert program.process.wait(120) == 1
         assert "workers have ended 4 times" in program.log
-        assert (program.folder / "starts").read_text() == "xxxx"
+        starts = (program.folder / "starts").read_text()
+        assert starts in ("xxxx", "xxxxx")  # LitServe may be starting one while it is stopped
 
 
 def test_an_engine_that_cannot_start_says_so_in_one_line(launch):
