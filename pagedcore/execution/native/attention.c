@@ -32,6 +32,7 @@ typedef struct {
     long table_stride, num_seqs, num_heads, num_kv_heads, size, block_size, window;
     float scale, soft_cap;
     bf16 *out;
+    long *first_task; /* [S + 1] */
 } Step;
 
 /* What a task has in its hands: 250 KiB at most, of which small heads and few rows touch little. */
@@ -211,7 +212,11 @@ static void attend(const Step *step, Work *w, long sequence, long kv_head, long 
     }
 }
 
-static void run_task(const Step *step, const long *first_task, long task) {
+static void run_task(void *context, long number_from_end) {
+    const Step *step = context;
+    const long *first_task = step->first_task;
+    /* a sequence's last tokens have the longest way to go: last tasks first */
+    long task = first_task[step->num_seqs] - 1 - number_from_end;
     long group = step->num_heads / step->num_kv_heads, most = MAX_ROWS / group;
     long low = 0, high = step->num_seqs; /* the sequence whose tasks include this one */
     while (high - low > 1) {
@@ -257,9 +262,10 @@ EXPORT int pagedcore_attention(const bf16 *qkv, long qkv_stride, const bf16 *sto
                  .window = window,
                  .scale = scale,
                  .soft_cap = soft_cap,
-                 .out = out};
+                 .out = out,
+                 .first_task = malloc((num_seqs + 1) * sizeof(long))};
     long most = MAX_ROWS / (num_heads / num_kv_heads);
-    long *first_task = malloc((num_seqs + 1) * sizeof(long));
+    long *first_task = step.first_task;
     if (!first_task) return -1;
     first_task[0] = 0;
     long pairs = 0; /* of queries and keys, about */
@@ -269,9 +275,10 @@ EXPORT int pagedcore_attention(const bf16 *qkv, long qkv_stride, const bf16 *sto
         pairs += count * context_len[i];
     }
     long tasks = first_task[num_seqs];
-    /* a sequence's last tokens have the longest way to go: last tasks first */
-#pragma omp parallel for schedule(dynamic, 1) if (pairs * num_heads * size > ALONE)
-    for (long task = 0; task < tasks; task++) run_task(&step, first_task, tasks - 1 - task);
+    if (pairs * num_heads * size > ALONE)
+        pagedcore_share(run_task, &step, tasks);
+    else
+        for (long task = 0; task < tasks; task++) run_task(&step, task);
     free(first_task);
     return 0;
 }

@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include "pool.h"
+
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>

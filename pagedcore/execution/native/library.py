@@ -1,7 +1,6 @@
 """Compiles the kernels where a compiler is at hand, once for each version of them, and loads them.
 
-A kernel is called with addresses and sizes, as its head in the .c file says. Threads are OpenMP's,
-as torch's are: both share one pool, whose size `torch.set_num_threads` sets.
+A kernel is called with addresses and sizes, as its head in the .c file says.
 """
 
 import ctypes
@@ -21,7 +20,7 @@ NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
 """As /proc/cpuinfo names them."""
 
 _FLAGS = [
-    *("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
     *("-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math"),
 ]
 
@@ -41,11 +40,13 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._loaded = ctypes.CDLL(str(path))
+        self.threads = self._kernel("threads", "i")
         self.pack = self._kernel("pack", "alla")
         self.linear = self._kernel("linear", "allalaai")
         self.rms_norm = self._kernel("rms_norm", "aaafall")
         self.silu_mul = self._kernel("silu_mul", "aall")
         self.rope_and_cache = self._kernel("rope_and_cache", "alllllaliaafaaa")
+        self.argmax = self._kernel("argmax", "aall")
         self.attention = self._kernel("attention", "alaalaaallllllffa")
 
     def _kernel(self, name: str, types: str) -> Kernel:
@@ -68,8 +69,8 @@ def load_library() -> Library:
         return Library(_compiled())
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(
-            f"backend native could not be compiled ({_reason(error)}): install a C compiler with "
-            "OpenMP, such as gcc, or use --backend torch"
+            f"backend native could not be compiled ({_reason(error)}): install a C compiler "
+            "such as gcc, or use --backend torch"
         ) from error
 
 
@@ -88,7 +89,7 @@ def _compiled() -> Path:
     flags = [*_FLAGS, *(f"-m{name.replace('_', '')}" for name in NEEDED)]
     sources = sorted(SOURCES.glob("*.c"))
     digest = hashlib.sha256(" ".join(flags).encode())
-    for path in [*sources, SOURCES / "common.h"]:
+    for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.read_bytes())
     folder = _cache_folder()
     target = folder / f"native-{digest.hexdigest()[:16]}.so"

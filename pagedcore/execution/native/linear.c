@@ -12,31 +12,37 @@
 
 #include "common.h"
 
-#include <omp.h>
+enum { WIDTH = 32, VECTORS = WIDTH / 16, ROWS = MAX_SUMS / VECTORS, CHUNK = 96, LEAST = 1 << 13 };
+/* CHUNK: rows that panels pass by together. LEAST: what a task should have, a few microseconds. */
 
-enum { WIDTH = 32, VECTORS = WIDTH / 16, ROWS = MAX_SUMS / VECTORS, CHUNK = 96 };
+typedef struct {
+    const bf16 *weight;
+    long outputs, inputs;
+    uint32_t *packed;
+} Packing;
+
+static void pack_panel(void *context, long panel) {
+    const Packing *p = context;
+    long pairs = p->inputs / 2;
+    uint32_t *to = p->packed + panel * pairs * WIDTH;
+    for (long i = 0; i < pairs; i += 16)
+        for (int group = 0; group < WIDTH; group += 16) {
+            __m512i square[16];
+            for (int n = 0; n < 16; n++) {
+                long output = panel * WIDTH + group + n;
+                const uint32_t *from = (const uint32_t *)(p->weight + output * p->inputs) + i;
+                __mmask16 mask = output < p->outputs ? lanes(pairs - i) : 0;
+                square[n] = _mm512_maskz_loadu_epi32(mask, from);
+            }
+            transpose16(square);
+            for (long j = 0; j < 16 && i + j < pairs; j++)
+                _mm512_storeu_si512(to + (i + j) * WIDTH + group, square[j]);
+        }
+}
 
 EXPORT void pagedcore_pack(const bf16 *weight, long outputs, long inputs, uint32_t *packed) {
-    long pairs = inputs / 2, panels = (outputs + WIDTH - 1) / WIDTH;
-#pragma omp parallel for schedule(static)
-    for (long panel = 0; panel < panels; panel++) {
-        uint32_t *to = packed + panel * pairs * WIDTH;
-        for (long i = 0; i < pairs; i += 16) {
-            __mmask16 columns = lanes(pairs - i);
-            for (int group = 0; group < WIDTH; group += 16) {
-                __m512i square[16];
-                for (int n = 0; n < 16; n++) {
-                    long output = panel * WIDTH + group + n;
-                    const uint32_t *from = (const uint32_t *)(weight + output * inputs) + i;
-                    __mmask16 mask = output < outputs ? columns : 0;
-                    square[n] = _mm512_maskz_loadu_epi32(mask, from);
-                }
-                transpose16(square);
-                for (long j = 0; j < 16 && i + j < pairs; j++)
-                    _mm512_storeu_si512(to + (i + j) * WIDTH + group, square[j]);
-            }
-        }
-    }
+    Packing packing = {weight, outputs, inputs, packed};
+    pagedcore_share(pack_panel, &packing, (outputs + WIDTH - 1) / WIDTH);
 }
 
 INLINE void finish(const int rows, __m512 *sum, const bf16 *bias, void *out,
@@ -99,20 +105,40 @@ static void rows_times_panel(long rows, const uint32_t *x, long x_stride, const 
     }
 }
 
-EXPORT void pagedcore_linear(const bf16 *x, long rows, long inputs,
-                             const uint32_t *packed, long outputs, const bf16 *bias, void *out,
-                             int is_float) {
-    long pairs = inputs / 2, panels = (outputs + WIDTH - 1) / WIDTH;
-    long chunks = (rows + CHUNK - 1) / CHUNK, tasks = chunks * panels;
-    long grain = tasks / (8 * omp_get_max_threads());
-    if (grain < 1) grain = 1;
-#pragma omp parallel for schedule(dynamic, grain) if (tasks > 1)
-    for (long task = 0; task < tasks; task++) {
-        long first = task / panels * CHUNK, panel = task % panels, column = panel * WIDTH;
-        long count = rows - first < CHUNK ? rows - first : CHUNK;
-        char *to = (char *)out + (first * outputs + column) * (is_float ? 4 : 2);
-        rows_times_panel(count, (const uint32_t *)(x + first * inputs), pairs,
-                         packed + panel * pairs * WIDTH, pairs, bias ? bias + column : 0, to,
-                         is_float, outputs, outputs - column);
+typedef struct {
+    const uint32_t *x;
+    long rows, pairs;
+    const uint32_t *packed;
+    long outputs;
+    const bf16 *bias;
+    char *out;
+    int is_float;
+    long panels, tiles, grain;
+} Product;
+
+/* Tile c * panels + p is panel p for the rows of chunk c; a task is `grain` tiles. */
+static void multiply_tiles(void *context, long task) {
+    const Product *p = context;
+    long end = (task + 1) * p->grain < p->tiles ? (task + 1) * p->grain : p->tiles;
+    for (long tile = task * p->grain; tile < end; tile++) {
+        long first = tile / p->panels * CHUNK, panel = tile % p->panels, column = panel * WIDTH;
+        long count = p->rows - first < CHUNK ? p->rows - first : CHUNK;
+        rows_times_panel(count, p->x + first * p->pairs, p->pairs,
+                         p->packed + panel * p->pairs * WIDTH, p->pairs,
+                         p->bias ? p->bias + column : 0,
+                         p->out + (first * p->outputs + column) * (p->is_float ? 4 : 2),
+                         p->is_float, p->outputs, p->outputs - column);
     }
+}
+
+EXPORT void pagedcore_linear(const bf16 *x, long rows, long inputs, const uint32_t *packed,
+                             long outputs, const bf16 *bias, void *out, int is_float) {
+    long panels = (outputs + WIDTH - 1) / WIDTH;
+    long tiles = (rows + CHUNK - 1) / CHUNK * panels;
+    long cost = inputs / 2 * (rows < 8 ? 8 : rows < CHUNK ? rows : CHUNK); /* of a tile */
+    long tasks = pagedcore_num_tasks(tiles * cost, LEAST);
+    Product product = {(const uint32_t *)x, rows, inputs / 2, packed, outputs, bias, out, is_float,
+                       panels, tiles, (tiles + tasks - 1) / tasks};
+    if (tiles == 0) return;
+    pagedcore_share(multiply_tiles, &product, (tiles + product.grain - 1) / product.grain);
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import ConfigError
 from pagedcore.execution.native.library import load_library
-from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, StepBatch
+from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
 from pagedcore.execution.torch_ops import TorchOps
 
 _PANEL = 32
@@ -47,6 +47,12 @@ class NativeOps(TorchOps):
             raise ConfigError(f"backend native runs on a CPU, not on {device!r}")
         self._library = load_library()
         self._arena = torch.empty(0, dtype=torch.bfloat16)
+        self._library.threads(torch.get_num_threads())
+
+    def begin_step(self, batch: StepBatch) -> None:
+        """See `Ops.begin_step`."""
+        super().begin_step(batch)
+        self._library.threads(torch.get_num_threads())
 
     def pack_linear(self, weight: Tensor) -> Tensor:
         """See `Ops.pack_linear`."""
@@ -209,6 +215,15 @@ class NativeOps(TorchOps):
         )
         if failed:
             raise MemoryError("no memory for the list of a step's sequences")
+        return out
+
+    def sample(self, logits: Tensor, sampling: SamplingTensors) -> Tensor:
+        """See `Ops.sample`."""
+        greedy = sampling.all_greedy and logits.dtype == torch.float32 and logits.is_contiguous()
+        if not greedy:
+            return super().sample(logits, sampling)
+        out = logits.new_empty(logits.shape[0], dtype=torch.int64)
+        self._library.argmax(logits.data_ptr(), out.data_ptr(), *logits.shape)
         return out
 
 

@@ -143,8 +143,10 @@ def backends():
     found = {"torch": TorchOps("cpu")}
     try:
         found["native"] = NativeOps("cpu")
-    except ConfigError:
-        return found
+    except ConfigError as error:
+        missing = ("needs a processor", "no C compiler")
+        if not any(reason in str(error) for reason in missing):
+            raise  # a kernel that does not compile is no reason to skip its tests
     return found
 
 

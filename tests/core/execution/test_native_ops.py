@@ -1,6 +1,8 @@
 """Kernels in C against a direct computation in float64, and what happens where they do not run."""
 
+import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from pagedcore.errors import ConfigError
 from pagedcore.execution.native import library
 from pagedcore.execution.native.ops import NativeOps
-from pagedcore.execution.ops import QKNorm, RopeTable
+from pagedcore.execution.ops import QKNorm, RopeTable, SamplingTensors
 from pagedcore.execution.torch_ops import TorchOps
 
 BF16 = torch.bfloat16
@@ -271,3 +273,40 @@ def test_a_layer_of_another_group_reads_its_own_table(native, new_pool):
         native.rope_and_cache(qkv, 4, None, None, cache, batch)
         out = native.attention(qkv, 4, pool.scale, cache, batch)
         pool.check([(sequence, 9, 9, out.view(9, 4, -1))], 2e-2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    size=st.integers(1, 70),
+    nans=st.lists(st.integers(0, 69), max_size=2),
+    seed=st.integers(0, 99),
+)
+def test_the_most_likely_token_is_the_first_of_the_largest(native, rows, size, nans, seed):
+    logits = random(rows, size, seed=seed, dtype=torch.float32).round()
+    logits[-1, [i for i in nans if i < size]] = torch.nan
+    plain = SamplingTensors(*torch.zeros(5, rows), all_greedy=True, any_filter=False)
+    assert torch.equal(native.sample(logits, plain), TorchOps("cpu").sample(logits, plain))
+
+
+def test_more_or_fewer_threads_give_the_same_bits(native):
+    """Also while another thread is at work, which then has the helpers to itself."""
+    x, packed = random(40, 128), native.pack_linear(random(3000, 128, seed=1))
+    want = native.linear(x, packed)
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(3) as callers:
+        for count in (1, 5, 2):
+            native._library.threads(count)
+            found = callers.map(lambda _: native.linear(x, packed), range(60))
+            assert all(torch.equal(out, want) for out in found)
+    native._library.threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's
+def test_a_forked_process_works_without_its_helpers(native):
+    x, packed = random(8, 128), native.pack_linear(random(3000, 128, seed=1))
+    want = native.linear(x, packed)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(native.linear(x, packed), want) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
