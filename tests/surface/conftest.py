@@ -27,6 +27,7 @@ from pagedcore.testing.steered_engine import BUILD_STEERED, START_PIPE, EngineHa
 FACES = {
     "asgi": "pagedcore_openai.serve:serve",
     "litserve": "pagedcore_litserve.serve:serve",
+    "pytriton": "pagedcore_pytriton.mount:serve",
 }
 
 END = 256

@@ -66,13 +66,17 @@ def temporary_workspace() -> Iterator[Path]:
     home.mkdir(parents=True, exist_ok=True)
     for left in home.glob(f"{_PREFIX}*"):
         _clear_up(left)
-    with tempfile.TemporaryDirectory(
-        dir=home, prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True
-    ) as folder:
-        with open(Path(folder) / _LOCK, "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with (
+        tempfile.TemporaryDirectory(
+            dir=home, prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True
+        ) as folder,
+        open(Path(folder) / _LOCK, "wb") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
             yield Path(folder) / "workspace"
-        _remove_segments(os.getpid())
+        finally:
+            _remove_segments(os.getpid())
 
 
 def _clear_up(folder: Path) -> None:
@@ -91,12 +95,12 @@ def _remove_segments(pid: int) -> None:
         segment.unlink(missing_ok=True)
 
 
-def processes_in(folder: Path) -> list[int]:
-    """Ids of processes whose program lies below a folder, whoever their parent is."""
-    found = []
+def processes_in(folder: Path) -> dict[int, str]:
+    """Processes whose program lies below a folder, whoever their parent is: ids and names."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             program = (entry / "cmdline").read_bytes().split(b"\0")[0]
             if program.startswith(os.fsencode(folder) + b"/"):
-                found.append(int(entry.name))
+                found[int(entry.name)] = os.fsdecode(program).rpartition("/")[2]
     return found

@@ -178,7 +178,7 @@ class Metrics:
         self._counts[key] = value
         if change < 0:  # the engine is another one
             change = value
-        if change:
+        if change > 0:  # anything else is an error, and an error here ends the stub by a signal
             metric.increment(change)
 
 

@@ -61,6 +61,8 @@ class TritonServer:
 
         self._workspace = workspace
         self._processes: dict[int, int] = {}
+        self._needed: set[str] = set()
+        self._lost = False
         self.triton: Any = Triton(
             workspace=workspace,
             config=TritonConfig(
@@ -79,8 +81,10 @@ class TritonServer:
         """PyTriton's own object."""
 
     def watch(self) -> None:
-        """Look after the processes that there are now, the stubs of models included."""
-        for pid in processes_in(self._workspace):
+        """From now on the processes that there are belong to it: tritonserver, and its stubs."""
+        programs = processes_in(self._workspace)
+        self._needed = set(programs.values())
+        for pid in programs:
             if pid not in self._processes:
                 with contextlib.suppress(ProcessLookupError):
                     self._processes[pid] = os.pidfd_open(pid)
@@ -89,7 +93,14 @@ class TritonServer:
     def alive(self) -> bool:
         """Whether tritonserver, its stubs and the threads that talk to them run."""
         ended, _, _ = select.select(list(self._processes.values()), [], [], 0)
-        return not ended and bool(self.triton.is_alive())
+        if ended:  # perhaps one that was there only while the model was loaded
+            self._processes = {p: fd for p, fd in self._processes.items() if fd not in ended}
+            for descriptor in ended:
+                os.close(descriptor)
+            self._lost = self._lost or not self._needed <= set(
+                processes_in(self._workspace).values()
+            )
+        return not self._lost and bool(self.triton.is_alive())
 
     def __enter__(self) -> Self:
         check_main_thread()
@@ -107,15 +118,16 @@ class TritonServer:
         traceback: TracebackType | None,
     ) -> None:
         if not self.alive:  # requests wait for what will not come, and tritonserver for them
-            for descriptor in self._processes.values():
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            self._kill()
         self.triton.stop()
-        for pid in processes_in(self._workspace):  # a tritonserver in a hurry leaves its stubs
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._kill()  # a tritonserver in a hurry leaves its stubs
         for descriptor in self._processes.values():
             os.close(descriptor)
+
+    def _kill(self) -> None:
+        for pid in processes_in(self._workspace):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def check_main_thread() -> None:
