@@ -89,6 +89,7 @@ class PagedSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
         """The surface of each event loop of this process."""
         self._settings: dict[str, Any] = {"engine": engine, "server": server, "build": build}
         self._plan: Plan | None = None
+        self._mounted_in: Any = None
 
     @property
     def plan(self) -> Plan:
@@ -104,8 +105,10 @@ class PagedSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
 
     @property
     def endpoints(self) -> list[Any]:
-        """Asked once by a LitServer that has made its app: the surface goes in front of it."""
-        self._server.app.add_middleware(Front, spec=self)
+        """Asked by a LitServer that has made its app: the surface goes in front of it."""
+        if self._mounted_in is not self._server.app:
+            self._mounted_in = self._server.app
+            self._server.app.add_middleware(Front, spec=self)
         return []
 
     def pre_setup(self, lit_api: PagedLitAPI) -> None:
@@ -121,7 +124,7 @@ class PagedSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes to a worker."""
-        own: dict[str, Any] = {"fronts": {}, "counters": [], "response_buffer": None}
+        own: dict[str, Any] = {"fronts": {}, "counters": [], "_mounted_in": None}
         return {**super().__getstate__(), **own, "_plan": self.plan}
 
     def decode_request(self, request: Any, context_kwargs: Any = None) -> Any:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import litserve as ls
 import pytest
+from litserve.loops.continuous_batching_loop import ContinuousBatchingLoop
+from litserve.loops.streaming_loops import StreamingLoop
 from litserve.utils import wrap_litserve_start
 from starlette.testclient import TestClient
 
@@ -16,7 +18,7 @@ from pagedcore.errors import ConfigError
 from pagedcore.server_config import ServerConfig
 from pagedcore.testing.fake_engine import BUILD_FAKE
 from pagedcore_litserve import PagedLitAPI
-from pagedcore_litserve.worker import on_device
+from pagedcore_litserve.worker import PagedLoop, on_device
 
 # Two models, one of them with two workers, and a LitAPI that has nothing to do with either.
 PROGRAM = """
@@ -196,6 +198,14 @@ def test_what_goes_to_a_worker_is_plain_data():  # S17
 def test_guard_fast_queue_has_no_effect():  # D26, S2
     server = ls.LitServer(ls.test_examples.SimpleLitAPI(), accelerator="cpu", fast_queue=True)
     assert server.transport_config.transport_type == "mp"
+
+
+def test_litserves_own_loops_and_queues_are_never_reached():  # D25, D26
+    api = PagedLitAPI()
+    ls.LitServer(api, accelerator="cpu", timeout=False)
+    assert type(api.loop) is PagedLoop
+    assert not issubclass(PagedLoop, ContinuousBatchingLoop | StreamingLoop)
+    assert api.spec.endpoints == []
 
 
 def test_guard_the_names_that_the_mount_uses():

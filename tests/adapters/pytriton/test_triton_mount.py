@@ -1,9 +1,12 @@
 """What clients of a real tritonserver see: text and tokens, streams, errors, cancellation."""
 
+import contextlib
 import http.client
 import json
 import queue
+import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -269,6 +272,36 @@ def test_a_disconnect_from_http_frees_its_sequence(mounted):
     answer.close()
     connection.close()
     mounted.engine.wait_for(lambda engine: not engine.live_ids)
+
+
+def test_streams_that_are_left_at_any_moment_leave_triton_as_it_was(mounted):  # D2, D3
+    chance = random.Random(0)
+
+    def leave(_):
+        body = {"text_input": "abc", "stream": True, "max_tokens": chance.randrange(1, 40)}
+        connection = http.client.HTTPConnection(mounted.http, timeout=60)
+        connection.request("POST", "/v2/models/fake/generate_stream", json.dumps(body))
+        answer = connection.getresponse()
+        for _ in range(chance.randrange(4)):  # the last one may have come already
+            answer.readline()
+        connection.close()
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(leave, range(300)))
+    mounted.engine.wait_for(lambda engine: not engine.live_ids)
+    assert generate(mounted, text_input="abc", max_tokens=3)[1]["text_output"] == "abc"
+
+
+def test_a_reader_that_does_not_read_harms_nobody(mounted):  # D15
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            body = {"text_input": "abc", "stream": True, "max_tokens": 1 << 16}
+            connection, _ = post(mounted.http, body, "generate_stream")
+            stack.enter_context(closing(connection))
+        for _ in range(8):
+            assert generate(mounted, text_input="abc", max_tokens=3)[1]["text_output"] == "abc"
+        # What is too far behind is given up: nothing is kept for it without limit.
+        mounted.engine.wait_for(lambda engine: not engine.live_ids)
 
 
 def test_where_keys_are_asked_for_each_door_wants_one(mount):

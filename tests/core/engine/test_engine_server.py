@@ -539,3 +539,19 @@ def test_a_client_may_be_made_before_there_is_an_engine(serve, address):
         await client.close()
 
     asyncio.run(main())
+
+
+def test_a_step_is_one_message_for_each_front_end(serve, address):  # D26
+    engine = serve(FakeEngine()).engine
+    engine.pause()
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        for link in (first, second):
+            link.settimeout(30)
+            link.connect(address)
+            link.sendall(b"".join(wire.encode(add(i, max_tokens=9)) for i in range(32)))
+        engine.wait_for(lambda engine: len(engine.live_ids) == 64)
+        engine.advance(3)
+        for link in (first, second):
+            answers = receive(link, 1 + 32 + 3)  # the welcome, and each admission
+            steps = [message for message in answers if isinstance(message, wire.Outputs)]
+            assert [len(step.tokens) // 4 for step in steps] == [32, 32, 32]
