@@ -85,8 +85,9 @@ INLINE void product(const int vectors, long rows, const uint32_t *a, long a_stri
     }
 }
 
-static void pack_keys(const bf16 *const from[TILE], long size, uint32_t *to) {
-    for (int group = 0; group < TILE; group += 16)
+/* The first `used` keys of a tile as the right side of a product; others are left undefined. */
+static void pack_keys(const bf16 *const from[TILE], long used, long size, uint32_t *to) {
+    for (int group = 0; group < used; group += 16)
         for (long i = 0; i < size / 2; i += 16) {
             __m512i square[16];
             for (int n = 0; n < 16; n++)
@@ -98,12 +99,14 @@ static void pack_keys(const bf16 *const from[TILE], long size, uint32_t *to) {
         }
 }
 
-static void pack_values(const bf16 *const from[TILE], long offset, long size, uint32_t *to) {
+/* The same of their values, which lie `offset` behind the keys. */
+static void pack_values(const bf16 *const from[TILE], long used, long offset, long size,
+                        uint32_t *to) {
     __m512i low = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005,
                                     0x260006, 0x270007, 0x280008, 0x290009, 0x2a000a, 0x2b000b,
                                     0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f);
     __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x100010));
-    for (int pair = 0; pair < TILE / 2; pair++) {
+    for (int pair = 0; 2 * pair < used; pair++) {
         const bf16 *first = from[2 * pair], *second = from[2 * pair + 1];
         for (long i = 0; i < size; i += 32) {
             __m512i zero = _mm512_setzero_si512();
@@ -172,20 +175,29 @@ static void attend(const Step *step, Work *w, long sequence, long kv_head, long 
     memset(w->sum, 0, rows * size * sizeof(float));
 
     const int32_t *blocks = step->table + step->rows[sequence] * step->table_stride;
-    long slot_size = 2 * step->num_kv_heads * size, end = position + count, begin = 0;
+    long values = step->num_kv_heads * size, slot_size = 2 * values;
+    long end = position + count, begin = 0;
     if (step->window && position + 1 > step->window) begin = position + 1 - step->window;
     for (long tile = begin / TILE * TILE; tile < end; tile += TILE) {
-        const bf16 *keys[TILE];
-        for (long j = 0; j < TILE; j++) {
-            long p = tile + j, block_size = step->block_size;
-            keys[j] = 0;
-            if (p < begin || p >= end) continue;
-            long slot = blocks[p / block_size] * block_size + p % block_size;
-            keys[j] = step->store + slot * slot_size + kv_head * size;
+        const bf16 *keys[TILE] = {0};
+        long first = begin > tile ? begin : tile, last = end < tile + TILE ? end : tile + TILE;
+        long block = first / step->block_size, offset = first % step->block_size;
+        for (long p = first; p < last; p++) {
+            long slot = blocks[block] * step->block_size + offset;
+            const bf16 *key = step->store + slot * slot_size + kv_head * size;
+            keys[p - tile] = key;
+            for (long i = 0; i < size; i += 32)
+                _mm_prefetch((const char *)(key + values + i), _MM_HINT_T0);
+            if (++offset == step->block_size) offset = 0, block++;
         }
-        pack_keys(keys, size, w->key);
-        product(VECTORS, rows, (uint32_t *)w->query, size / 2, w->key, TILE, size / 2, w->score,
-                TILE, 0);
+        long used = last - tile;
+        pack_keys(keys, used, size, w->key);
+        if (used <= TILE / 2)
+            product(VECTORS / 2, rows, (uint32_t *)w->query, size / 2, w->key, TILE, size / 2,
+                    w->score, TILE, 0);
+        else
+            product(VECTORS, rows, (uint32_t *)w->query, size / 2, w->key, TILE, size / 2,
+                    w->score, TILE, 0);
         for (long row = 0; row < rows; row++) {
             long own = position + row / group - tile, oldest = 0;
             if (step->window) oldest = own + 1 - step->window;
@@ -194,14 +206,14 @@ static void attend(const Step *step, Work *w, long sequence, long kv_head, long 
             else
                 weigh(w, row, size, oldest, own + 1, step->scale, step->soft_cap);
         }
-        pack_values(keys, step->num_kv_heads * size, size, w->value);
-        long column = 0;
+        pack_values(keys, used, values, size, w->value);
+        long column = 0, pairs = (used + 1) / 2;
         for (; column + TILE <= size; column += TILE)
-            product(VECTORS, rows, (uint32_t *)w->weight, TILE / 2, w->value + column, size,
-                    TILE / 2, w->sum + column, size, 1);
+            product(VECTORS, rows, (uint32_t *)w->weight, TILE / 2, w->value + column, size, pairs,
+                    w->sum + column, size, 1);
         if (column < size)
             product(VECTORS / 2, rows, (uint32_t *)w->weight, TILE / 2, w->value + column, size,
-                    TILE / 2, w->sum + column, size, 1);
+                    pairs, w->sum + column, size, 1);
     }
     for (long row = 0; row < rows; row++) {
         bf16 *to = step->out + (first_token + row / group) * step->num_heads * size +

@@ -16,9 +16,9 @@ typedef uint16_t bf16;
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
-enum { MAX_SUMS = 24, AHEAD = 32 };
+enum { MAX_SUMS = 24, AHEAD = 64 };
 /* Vectors of sums in a product: with the operands' they fit in 32 registers. How many rows of B are
-   on their way from memory: 4 KiB, since the processor's own prefetching ends with a page. */
+   on their way from memory: 8 KiB, since the processor's own prefetching ends with a page. */
 
 INLINE __mmask16 lanes(long left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
 

@@ -12,8 +12,8 @@
 
 #include "common.h"
 
-enum { WIDTH = 32, VECTORS = WIDTH / 16, ROWS = MAX_SUMS / VECTORS, CHUNK = 96, LEAST = 1 << 13 };
-/* CHUNK: rows that panels pass by together. LEAST: what a task should have, a few microseconds. */
+enum { WIDTH = 32, VECTORS = WIDTH / 16, ROWS = MAX_SUMS / VECTORS, CHUNK = 96, LEAST = 1 << 15 };
+/* CHUNK: rows that panels pass by together. LEAST: what a task should have, ten microseconds. */
 
 typedef struct {
     const bf16 *weight;

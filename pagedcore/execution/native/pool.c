@@ -22,12 +22,15 @@ enum { MAX_HELPERS = 255, MOST_EACH = 16, PATIENCE = 1 << 18 };
 
 #define CLOSED 0xffffffffu /* the ticket of work that is done */
 
+#define APART _Alignas(64) /* in a line of the cache that nothing else is written to */
+
 static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER; /* of the work below */
-static _Atomic(Task) shared_work;
+static APART _Atomic(Task) shared_work;
 static _Atomic(void *) shared_context;
-static atomic_long shared_tasks, num_finished;
-static _Atomic uint64_t ticket = CLOSED; /* number of the work << 32 | next task */
-static _Atomic uint32_t alarm_number;    /* what sleepers sleep on */
+static atomic_long shared_tasks;
+static APART atomic_long num_finished;
+static APART _Atomic uint64_t ticket = CLOSED; /* number of the work << 32 | next task */
+static APART _Atomic uint32_t alarm_number;    /* what sleepers sleep on */
 static atomic_int num_asleep, num_active;
 static int num_helpers;
 
@@ -41,9 +44,10 @@ static void take_part(uint32_t number) {
     for (;;) {
         uint64_t value = atomic_load(&ticket);
         if (number_of(value) != number || (uint32_t)value == CLOSED) return;
-        Task work = atomic_load(&shared_work);
-        void *context = atomic_load(&shared_context);
-        if ((long)(uint32_t)value >= atomic_load(&shared_tasks)) return;
+        Task work = atomic_load_explicit(&shared_work, memory_order_relaxed);
+        void *context = atomic_load_explicit(&shared_context, memory_order_relaxed);
+        long tasks = atomic_load_explicit(&shared_tasks, memory_order_relaxed);
+        if ((long)(uint32_t)value >= tasks) return;
         if (!atomic_compare_exchange_weak(&ticket, &value, value + 1)) continue;
         work(context, (long)(uint32_t)value);
         atomic_fetch_add(&num_finished, 1);
@@ -80,10 +84,10 @@ void pagedcore_share(Task work, void *context, long tasks) {
         return;
     }
     uint32_t number = number_of(atomic_load(&ticket)) + 1;
-    atomic_store(&shared_work, work);
-    atomic_store(&shared_context, context);
-    atomic_store(&shared_tasks, tasks);
-    atomic_store(&num_finished, 0);
+    atomic_store_explicit(&shared_work, work, memory_order_relaxed);
+    atomic_store_explicit(&shared_context, context, memory_order_relaxed);
+    atomic_store_explicit(&shared_tasks, tasks, memory_order_relaxed);
+    atomic_store_explicit(&num_finished, 0, memory_order_relaxed);
     atomic_store(&ticket, (uint64_t)number << 32);
     if (atomic_load(&num_asleep)) {
         atomic_fetch_add(&alarm_number, 1);
