@@ -143,6 +143,10 @@ class Front:
         except Exception as error:
             departure.fail(error)
             return
+        if self._spec.is_supervised:
+            from pagedcore_openai.collector import settle_collector
+
+            settle_collector()
         if _own_number() == 0:
             info: Any = self.surfaces[0].info
             seconds = info.startup_seconds.get("total", 0.0)

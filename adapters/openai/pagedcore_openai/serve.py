@@ -15,6 +15,7 @@ from pagedcore.engine.process import BUILD
 from pagedcore.errors import ConfigError
 from pagedcore.server_config import ServerConfig
 from pagedcore_openai.app import build_app
+from pagedcore_openai.collector import settle_collector
 from pagedcore_openai.http_protocol import guarded_http
 from pagedcore_openai.supervisor import Supervisor
 from pagedcore_openai.surface import Surface
@@ -122,6 +123,7 @@ class Server(uvicorn.Server):
         try:
             await self._supervisor.wait_ready()
             await self._surface.loaded()
+            settle_collector()
             info = self._surface.info
             seconds = info.startup_seconds.get("total", 0.0)
             logger.info("%s serves %s (loaded in %.1f s)", url, info.served_model_names[0], seconds)
