@@ -138,6 +138,9 @@ class Front:
 
     async def _load(self, departure: Departure) -> None:
         """Wait until the engines are ready, and say so once."""
+        says = _own_number() == 0 and self._spec.owns_server
+        if says:
+            logger.info("%s answers; the model is loading", self._url())
         try:
             await asyncio.gather(*(surface.loaded() for surface in self.surfaces))
         except Exception as error:
@@ -147,10 +150,17 @@ class Front:
             from pagedcore_openai.collector import settle_collector
 
             settle_collector()
-        if _own_number() == 0:
+        if says:
             info: Any = self.surfaces[0].info
             seconds = info.startup_seconds.get("total", 0.0)
-            logger.info("serving %s (loaded in %.1f s)", info.served_model_names[0], seconds)
+            name = info.served_model_names[0]
+            logger.info("%s serves %s (loaded in %.1f s)", self._url(), name, seconds)
+
+    def _url(self) -> str:
+        server = self._spec.plan.server
+        scheme = "https" if server.ssl_certfile else "http"
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        return f"{scheme}://{host}:{server.port}"
 
     async def _log_stats(self) -> None:
         """Hand the engines' counters to LitServe's loggers, for ever."""
