@@ -29,8 +29,8 @@ PAUSE_S = 0.05
 
 _ABORT_S = 5.0
 
-KEY_HEADER = "authorization"
-"""The header of a gRPC request that brings a key: Triton hands it on as a parameter."""
+KEY_HEADERS = ("authorization", "x-api-key")
+"""Headers of a gRPC request that may bring a key: Triton hands them on as parameters."""
 
 KEY_PARAMETER = "api_key"
 """The parameter that brings a key; over HTTP a field of the body, where Triton forwards no header
@@ -90,7 +90,8 @@ class Completions:
         self.num_active += 1
         try:
             with self._cancellations.watch(str(parameters.pop(UID, id(request)))):
-                self._check_key(parameters.pop(KEY_HEADER, ""), parameters.pop(KEY_PARAMETER, ""))
+                names = (KEY_PARAMETER, *KEY_HEADERS)
+                self._check_key([str(parameters.pop(name, "")) for name in names])
                 async with contextlib.aclosing(self._answer(request.data, parameters)) as answer:
                     async for response in answer:
                         yield [response]
@@ -117,8 +118,9 @@ class Completions:
         self._cancellations.close()
         await self._client.close()
 
-    def _check_key(self, header: object, parameter: object) -> None:
-        digest = _digest(str(parameter or header).removeprefix("Bearer "))
+    def _check_key(self, given: list[str]) -> None:
+        """The first that is not empty must be a key; raises ClientError."""
+        digest = _digest(next(filter(None, given), "").removeprefix("Bearer "))
         # All are compared, so that the time tells nothing.
         if self._digests and not sum(hmac.compare_digest(digest, own) for own in self._digests):
             raise ClientError(

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pagedcore.errors import ConfigError
 from pagedcore.server_config import ServerConfig
-from pagedcore_pytriton.completions import KEY_HEADER
+from pagedcore_pytriton.completions import KEY_HEADERS
 from pagedcore_pytriton.environment import processes_in
 
 EXIT_TIMEOUT_S = 3
@@ -70,7 +70,7 @@ class TritonServer:
                 http_port=ports.http,
                 grpc_address=server.host,
                 grpc_port=ports.grpc,
-                grpc_header_forward_pattern=KEY_HEADER if server.api_key else None,
+                grpc_header_forward_pattern="|".join(KEY_HEADERS) if server.api_key else None,
                 metrics_address=server.host,
                 metrics_port=ports.metrics,
                 allow_gpu_metrics=False,

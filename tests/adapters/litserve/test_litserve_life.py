@@ -134,6 +134,16 @@ def test_a_killed_main_process_leaves_nothing(launch):
         assert program.port_is_free()
 
 
+def test_the_end_of_an_api_server_ends_the_server_with_status_1(launch):
+    with launch(num_api_servers=2) as program:
+        program.wait_for(200)
+        children = program.tree()
+        os.kill(children[-1], signal.SIGKILL)  # the last to be started
+        assert program.process.wait(60) == 1
+        program.wait_for_end(children)
+        assert "error: an API server has ended unexpectedly" in program.log
+
+
 def test_an_engine_that_dies_at_its_start_is_not_started_for_ever(launch):  # D22
     with launch(build="builders:dying") as program:
         assert program.process.wait(120) == 1

@@ -317,6 +317,7 @@ def test_where_keys_are_asked_for_each_door_wants_one(mount):
                 with pytest.raises(InferenceServerException, match="API key"):
                     list(grpc_stream.results())
         assert mounted.engine.num_added == 1
-        with closing(GrpcStream(mounted.grpc, {"authorization": "Bearer first"})) as grpc_stream:
-            grpc_stream.ask(text_input=b"abc", stream=True)
-            assert list(grpc_stream.results())
+        for headers in ({"authorization": "Bearer first"}, {"x-api-key": "second"}):
+            with closing(GrpcStream(mounted.grpc, headers)) as grpc_stream:
+                grpc_stream.ask(text_input=b"abc", stream=True)
+                assert list(grpc_stream.results())
