@@ -7,6 +7,7 @@ imported here.
 """
 
 import asyncio
+import glob
 import importlib
 import itertools
 import os
@@ -118,6 +119,8 @@ def _end_with_mount() -> None:
     else:
         select.select([mount], [], [])
     os.kill(os.getppid(), signal.SIGKILL)
+    for segment in glob.glob(f"/dev/shm/pytrtion{MOUNT_PID}-*"):  # so PyTriton spells it
+        os.unlink(segment)
     os._exit(1)
 
 

@@ -399,10 +399,11 @@ def test_what_a_killed_server_leaves_is_gone_after_the_next(launch, tmp_path_fac
         children = program.children()
         program.process.kill()
         program.process.wait()
+        wait_for_end(children)
         assert [path.name.split("-")[1] for path in home.iterdir()] == [str(program.process.pid)]
+        assert not list(Path("/dev/shm").glob(f"pytrtion{program.process.pid}-*"))
     with launch(environment=environment, engine={"device": "none"}) as program:
         assert program.process.wait(60) == 1
-        wait_for_end(children)
         assert list(home.iterdir()) == []
 
 
