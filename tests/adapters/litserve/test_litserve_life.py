@@ -145,7 +145,12 @@ def test_the_end_of_an_api_server_ends_the_server_with_status_1(launch):
 
 
 def test_an_engine_that_dies_at_its_start_is_not_started_for_ever(launch):  # D22
-    with launch(build="builders:dying") as program:
+    with launch(
+        build="builders:dying", prepare=lambda folder: os.mkfifo(folder / "load")
+    ) as program:
+        program.wait_for(200, "/livez")  # a worker that dies before is not started again at all
+        with open(program.folder / "load", "w"):
+            os.unlink(program.folder / "load")
         assert program.process.wait(120) == 1
         assert "workers have ended 4 times" in program.log
         starts = (program.folder / "starts").read_text()
