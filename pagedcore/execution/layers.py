@@ -8,7 +8,7 @@ say which of their dimensions tensor parallelism divides: `dim=0` the outputs, `
 None nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -143,30 +143,39 @@ class Attention:
         head_dim: int,
         rope: RopeTable | None,
         qk_norm_eps: float | None = None,
+        qkv_norm: Callable[[Tensor], None] | None = None,
         qkv_bias: bool = False,
         output_bias: bool = False,
         window: int | None = None,
         scale: float | None = None,
         soft_cap: float | None = None,
+        qkv_names: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
+        output_name: str = "o_proj",
     ) -> None:
-        """`scale` is 1 / sqrt(D) by default; `qk_norm_eps` None means that heads have no norm."""
+        """`scale` is 1 / sqrt(D) by default; `qk_norm_eps` None means that heads have no norm.
+
+        `qkv_norm` changes [T, (H + 2K) * D] in place before the rotation, where the norm is another
+        than `QKNorm`. A single one of `qkv_names` holds queries, keys and values below each other.
+        """
         self.cache_spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
         self._ops = build.ops
         self._num_heads = num_heads
         self._scale = head_dim**-0.5 if scale is None else scale
         self._soft_cap = soft_cap
         self._rope = rope
+        self._qkv_norm = qkv_norm
         build.weights.ignore(f"{prefix}.rotary_emb.")  # frequencies that old checkpoints hold
+        rows = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         self._qkv = Linear(
             build,
-            [f"{prefix}.{part}_proj" for part in "qkv"],
+            [f"{prefix}.{name}" for name in qkv_names],
             h,
-            [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim],
+            rows if len(qkv_names) > 1 else [sum(rows)],
             bias=qkv_bias,
             dim=0,
         )
         self._output = Linear(
-            build, [f"{prefix}.o_proj"], num_heads * head_dim, [h], bias=output_bias, dim=1
+            build, [f"{prefix}.{output_name}"], num_heads * head_dim, [h], bias=output_bias, dim=1
         )
         self._norm: QKNorm | None = None
         if qk_norm_eps is not None:
@@ -182,6 +191,8 @@ class Attention:
     def __call__(self, x: Activations, batch: StepBatch, cache: LayerCache) -> Tensor:
         """x [T, h] to [T, h]; the step's keys and values are left in the cache."""
         qkv = self._qkv(x)
+        if self._qkv_norm is not None:
+            self._qkv_norm(qkv)
         self._ops.rope_and_cache(qkv, self._num_heads, self._rope, self._norm, cache, batch)
         mixed = self._ops.attention(
             qkv, self._num_heads, self._scale, cache, batch, soft_cap=self._soft_cap
@@ -193,11 +204,20 @@ class GatedMLP:
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(
-        self, build: ModelBuild, prefix: str, h: int, width: int, *, bias: bool = False
+        self,
+        build: ModelBuild,
+        prefix: str,
+        h: int,
+        width: int,
+        *,
+        bias: bool = False,
+        names: Sequence[str] = ("gate_proj", "up_proj"),
     ) -> None:
+        """A single one of `names` holds the gate and what it opens for, below each other."""
         self._ops = build.ops
-        parts = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-        self._gate_up = Linear(build, parts, h, [width, width], bias=bias, dim=0)
+        parts = [f"{prefix}.{name}" for name in names]
+        rows = [width, width] if len(names) > 1 else [2 * width]
+        self._gate_up = Linear(build, parts, h, rows, bias=bias, dim=0)
         self._down = Linear(build, [f"{prefix}.down_proj"], width, [h], bias=bias, dim=1)
 
     def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
