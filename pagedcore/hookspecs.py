@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pagedcore.execution.quantizer import Quantizer
     from pagedcore.scheduling.policies import Policy
     from pagedcore.sources import Source
+    from pagedcore.testing.model_case import ModelCase
 
 SPEC_VERSION = (1, 0)
 """Major and minor: a minor version only adds hooks or optional arguments."""
@@ -36,6 +37,17 @@ def pagedcore_models() -> Mapping[str, Callable[[], type]]:
     arguments and returns the class: see `pagedcore.execution.model.Model` for what it must do.
 
     :returns: such as `{"LlamaForCausalLM": load_llama}`.
+    """
+
+
+@hookspec
+def pagedcore_model_cases() -> Mapping[str, "ModelCase"]:
+    """Offer a tiny configuration of each architecture, to be checked with.
+
+    Asked by `pagedcore plugins test` and by the model kit in `pagedcore.testing`, never by an
+    engine. A model without a case is only checked for having a class.
+
+    :returns: such as `{"LlamaForCausalLM": ModelCase(family="Llama", config={...})}`.
     """
 
 

@@ -15,7 +15,9 @@ from pagedcore.plugins import GROUP, collect, register
 app = App(name="plugins", help="Look at what is installed.")
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("pagedcore_")]
-OFFERS = [name for name in HOOKS if name != "pagedcore_step_finished"]
+OFFERS = [
+    name for name in HOOKS if name not in {"pagedcore_step_finished", "pagedcore_model_cases"}
+]
 
 
 @app.command(name="list")

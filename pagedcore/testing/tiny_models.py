@@ -5,33 +5,18 @@ compares tokens would not notice a layer that the usual initialisation leaves wi
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pagedcore.testing.model_case import BEGIN, END, SIZES, VOCAB_SIZE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-VOCAB_SIZE = 320
-"""Bytes, BEGIN, END, and some ids that no text has."""
-
-BEGIN, END = 256, 257
-
-SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    bos_token_id=BEGIN,
-    eos_token_id=END,
-    tie_word_embeddings=False,
-)
-"""Fields of config.json that all tiny models share."""
+__all__ = ["BEGIN", "END", "SIZES", "VOCAB_SIZE", "greedy_tokens", "save_tiny_model"]
 
 MIXTURE: dict[str, Any] = dict(
     num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True
@@ -46,28 +31,31 @@ CHAT_TEMPLATE = (
 
 def save_tiny_model(
     folder: Path,
-    family: str = "llama",
+    family: str | Mapping[str, Any] = "llama",
     *,
     seed: int = 0,
     max_shard_size: str = "1GB",
     dtype: torch.dtype = torch.float32,
+    reference: str = "AutoModelForCausalLM",
     **fields: Any,
 ) -> "PreTrainedModel":
     """Save a model of a family with a tokenizer, and return it as transformers runs it, in float32.
 
-    `family` is llama, mistral, qwen2, qwen3 or qwen3_moe; `fields` replace those of its
-    config.json. `max_shard_size` such as "50KB" cuts the weights into several files.
+    `family` is llama, mistral, qwen2, qwen3 or qwen3_moe, or the fields of a config.json, such as
+    `ModelCase.config`; `fields` replace some of those. `max_shard_size` such as "50KB" cuts the
+    weights into several files. `reference` is the class of transformers that makes the model.
     """
     import transformers
 
-    classes: Any = transformers.AutoModelForCausalLM
+    classes: Any = getattr(transformers, reference)
     torch_state = torch.get_rng_state()
     model: Any = classes.from_config(tiny_config(family, **fields), dtype=torch.float32)
     torch.set_rng_state(torch_state)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            mean = 1.0 if name.endswith("norm.weight") else 0.0
+        for weight in model.parameters():
+            # Norms begin at one or, where one is added to them, at zero:
+            mean = float(weight.mean().round()) if weight.dim() == 1 else 0.0
             weight.normal_(mean, 0.2, generator=generator)
             weight.copy_(weight.to(dtype))  # what the file holds, the returned model computes with
     model.eval()
@@ -79,10 +67,20 @@ def save_tiny_model(
     return reference
 
 
-def tiny_config(family: str, **fields: Any) -> "PreTrainedConfig":
-    """The configuration of a tiny model; `fields` replace those of SIZES."""
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+def tiny_config(family: str | Mapping[str, Any], **fields: Any) -> "PreTrainedConfig":
+    """The configuration of a tiny model; `fields` replace those of the family."""
+    from transformers import (
+        AutoConfig,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
+    if isinstance(family, Mapping):
+        config: PreTrainedConfig = AutoConfig.for_model(**{**family, **fields})
+        return config
     families: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
         "llama": (LlamaConfig, {}),
         "mistral": (MistralConfig, {"sliding_window": None}),

@@ -5,6 +5,7 @@ mistral.py    MistralForCausalLM: attention over a sliding window
 qwen2.py      Qwen2ForCausalLM: biases on queries, keys and values
 qwen3.py      Qwen3ForCausalLM: norms on queries and keys
 qwen3_moe.py  Qwen3MoeForCausalLM: a mixture of experts in place of the MLP
+cases.py      each of them at a size that the model kit checks
 decoder.py    what they share: the fields of config.json, and the way through the layers
 
 A family is one file that reads like the diagram of its architecture; the layers are the core's, in
@@ -18,6 +19,7 @@ import pagedcore
 
 if TYPE_CHECKING:
     from pagedcore.execution.model import Model
+    from pagedcore.testing.model_case import ModelCase
 
 pagedcore_requires = ">=1,<2"
 
@@ -32,6 +34,14 @@ def pagedcore_models() -> Mapping[str, Callable[[], type["Model"]]]:
         "Qwen3ForCausalLM": _qwen3,
         "Qwen3MoeForCausalLM": _qwen3_moe,
     }
+
+
+@pagedcore.hookimpl
+def pagedcore_model_cases() -> Mapping[str, "ModelCase"]:
+    """See `pagedcore.hookspecs`."""
+    from pagedcore_models.cases import CASES
+
+    return CASES
 
 
 def _llama() -> type["Model"]:
