@@ -32,9 +32,19 @@ class DecoderSizes:
     tied: bool
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], *, head_dim: int | None = None) -> Self:
+    def read(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        head_dim: int | None = None,
+        eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
+        tied: bool = False,
+        activations: Sequence[str] = ("silu",),
+    ) -> Self:
         """`head_dim` is the family's, where config.json has none; by default h / num_heads.
 
+        `eps` is the field's name, and what it is without one, and `tied` whether embedding and head
+        are one where config.json does not say; the family's MLP can have these `activations`.
         Raises ModelError, naming the field, for sizes that no such model can have.
         """
         fields = ConfigFields(config)
@@ -48,7 +58,7 @@ class DecoderSizes:
         head_dim = fields.size("head_dim", head_dim or h // num_heads)
         if head_dim % 2:
             raise fields.error("head_dim", f"must be even; it is {head_dim}")
-        fields.choice("hidden_act", ["silu"], "silu")
+        fields.choice("hidden_act", activations, activations[0])
         return cls(
             vocab_size=fields.size("vocab_size"),
             h=h,
@@ -57,8 +67,8 @@ class DecoderSizes:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             mlp_width=fields.size("intermediate_size"),
-            eps=fields.number("rms_norm_eps", 1e-6),
-            tied=fields.flag("tie_word_embeddings", False),
+            eps=fields.number(*eps),
+            tied=fields.flag("tie_word_embeddings", tied),
         )
 
     def rope(self, build: ModelBuild) -> RopeTable:
