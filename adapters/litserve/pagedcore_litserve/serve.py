@@ -76,7 +76,8 @@ def run(lit_server: LitServer, *, host: str, port: int, **options: Any) -> None:
     if specs:
         options = {"http": _Http(specs[0].plan.server), "loop": "uvloop", **options}
     options = {"generate_client_file": False, "ws": "none", **options}
-    with Supervisor(lit_server, [spec.plan for spec in specs]) as supervisor:
+    num_api_servers = options.get("num_api_servers")
+    with Supervisor(lit_server, [s.plan for s in specs], num_api_servers) as supervisor:
         try:
             lit_server.run(host=host, port=port, **options)
         except KeyboardInterrupt:

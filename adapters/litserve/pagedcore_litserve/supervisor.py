@@ -29,6 +29,9 @@ MAX_DEATHS = 3
 WINDOW_S = 600.0
 
 _LOOK_S = 0.2
+_START_S = 5.0
+"""Seconds from the first API server, which are forked one after another, to the last."""
+
 _LAST_WORDS_S = 12.0
 """Seconds beyond the drain's limit after which an API server is killed."""
 
@@ -43,8 +46,10 @@ class Supervisor:
     served, a worker that dies again and again, and an API server that ends end it as well.
     """
 
-    def __init__(self, lit_server: Any, plans: list[Plan]) -> None:
-        """`plans` are those of the server's `PagedLitAPI`s."""
+    def __init__(
+        self, lit_server: Any, plans: list[Plan], num_api_servers: int | None = None
+    ) -> None:
+        """`plans` are those of the server's `PagedLitAPI`s; `num_api_servers` is LitServe's."""
         self.error: PagedcoreError | None = None
         """Why the server has ended by itself."""
         self._lit_server = lit_server
@@ -54,7 +59,9 @@ class Supervisor:
         self._num_handled = 0
         self._interrupts = False
         self._deadline: float | None = None
+        self._num_api_servers = num_api_servers
         self._api_servers: set[BaseProcess] = set()
+        self._first_seen: float | None = None
         self._workers: set[BaseProcess] = set()
         self._dead: set[BaseProcess] = set()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
@@ -127,7 +134,7 @@ class Supervisor:
         alive = [process for process in self._api_servers if process.is_alive()]
         if self._deadline is None:
             self._look_at_workers()
-            if len(alive) < len(self._api_servers):
+            if len(alive) < self._num_expected():
                 self._fail(EngineDeadError("an API server has ended unexpectedly"))
             return
         if time.monotonic() > self._deadline:
@@ -135,6 +142,17 @@ class Supervisor:
                 process.kill()
         if not alive:
             self._leave()
+
+    def _num_expected(self) -> int:
+        """API servers that there should be; one may have ended before it was ever seen."""
+        if not self._api_servers:
+            return 0
+        now = time.monotonic()
+        self._first_seen = self._first_seen or now
+        if now - self._first_seen < _START_S:
+            return len(self._api_servers)
+        workers = len(getattr(self._lit_server, "inference_workers", ()))  # LitServe's default
+        return max(len(self._api_servers), self._num_api_servers or workers)
 
     def _look_at_workers(self) -> None:
         self._workers |= set(getattr(self._lit_server, "inference_workers", ()))
@@ -175,7 +193,11 @@ class Supervisor:
         """Let LitServe's `run` return; where it waits for workers, only an interrupt helps."""
         self._over.set()
         logging.getLogger("litserve").setLevel(logging.ERROR)  # it warns of what has ended in order
-        self._lit_server._shutdown_event.set()
+        event = self._lit_server._shutdown_event
+        if self._api_servers:  # LitServe's monitor must not ask a manager that is gone
+            self._lit_server._shutdown_event = threading.Event()
+            self._lit_server._shutdown_event.set()
+        event.set()
         if not self._api_servers:
             self._interrupts = True
             os.kill(self._pid, signal.SIGINT)
