@@ -1,4 +1,4 @@
-"""Multiply the SiLU of a gate by its partner.
+"""Multiply the SiLU or the GELU of a gate by its partner.
 
     T tokens   F width of the MLP
 
@@ -9,7 +9,7 @@ The grid is (T, cdiv(F, BLOCK)): one program makes BLOCK outputs of one token. I
 elements. Arithmetic is float32 with one rounding at the end. A program sees whole groups of BLOCK
 outputs, so a variant that writes 8-bit values with one scale per group needs no second pass.
 
-`TorchOps.silu_mul` is the specification.
+`TorchOps.silu_mul` and `TorchOps.gelu_mul` are the specification.
 """
 
 import torch
@@ -34,12 +34,35 @@ def _silu_mul_kernel(
     tl.store(out + token * width + column, gate * tl.sigmoid(gate) * up, inside)
 
 
+@triton.jit
+def _gelu_mul_kernel(
+    gate_up,
+    out,
+    gate_up_stride,
+    width,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    wait_for_predecessors(DEPENDENT)
+    gate_up += token * gate_up_stride
+    gate = tl.load(gate_up + column, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + width + column, inside, 0.0).to(tl.float32)
+    if TANH:  # (1 + tanh(z)) / 2 is sigmoid(2 z), and 1.5957691216 is 2 sqrt(2 / pi)
+        turned = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        share = tl.sigmoid(tl.maximum(turned, -80.0))  # whose exp does not overflow
+    else:
+        share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+    tl.store(out + token * width + column, gate * share * up, inside)
+
+
 def silu_mul(gate_up: Tensor, block: int = 1024, num_warps: int = 4) -> Tensor:
     """Return silu(gate) * up, [T, F], of gate_up [T, 2F]."""
-    tokens, columns = gate_up.shape
-    assert columns % 2 == 0 and gate_up.stride(1) == 1
-    width = columns // 2
-    out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
+    out = _halved(gate_up)
+    tokens, width = out.shape
     if tokens:
         dependent = can_depend(gate_up.device)
         _silu_mul_kernel[(tokens, triton.cdiv(width, block))](
@@ -53,3 +76,29 @@ def silu_mul(gate_up: Tensor, block: int = 1024, num_warps: int = 4) -> Tensor:
             launch_pdl=dependent,
         )
     return out
+
+
+def gelu_mul(gate_up: Tensor, *, tanh: bool, block: int = 1024, num_warps: int = 4) -> Tensor:
+    """Return gelu(gate) * up, [T, F], of gate_up [T, 2F]."""
+    out = _halved(gate_up)
+    tokens, width = out.shape
+    if tokens:
+        dependent = can_depend(gate_up.device)
+        _gelu_mul_kernel[(tokens, triton.cdiv(width, block))](
+            gate_up,
+            out,
+            gate_up.stride(0),
+            width,
+            TANH=tanh,
+            BLOCK=block,
+            DEPENDENT=dependent,
+            num_warps=num_warps,
+            launch_pdl=dependent,
+        )
+    return out
+
+
+def _halved(gate_up: Tensor) -> Tensor:
+    tokens, columns = gate_up.shape
+    assert columns % 2 == 0 and gate_up.stride(1) == 1
+    return torch.empty((tokens, columns // 2), dtype=gate_up.dtype, device=gate_up.device)

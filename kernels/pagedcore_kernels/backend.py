@@ -107,6 +107,11 @@ class TritonOps(LinearOps):
         """See `Ops.silu_mul`."""
         return activation.silu_mul(gate_up)
 
+    @with_fallback
+    def gelu_mul(self, gate_up: Tensor, *, tanh: bool) -> Tensor:
+        """See `Ops.gelu_mul`."""
+        return activation.gelu_mul(gate_up, tanh=tanh)
+
     def new_cache(
         self,
         spec: CacheSpec,

@@ -203,6 +203,10 @@ class Ops(QuantizedOps, Protocol):
         """gate_up [T, 2F], the gate first: silu(gate) * up, [T, F]."""
         ...
 
+    def gelu_mul(self, gate_up: Tensor, *, tanh: bool) -> Tensor:
+        """As `silu_mul` with gelu(gate); `tanh` takes the approximation by that function."""
+        ...
+
     def new_cache(
         self,
         spec: CacheSpec,

@@ -107,6 +107,11 @@ class TorchOps(TorchQuantizedOps):
         gate, up = gate_up.chunk(2, -1)
         return functional.silu(gate).mul_(up)
 
+    def gelu_mul(self, gate_up: Tensor, *, tanh: bool) -> Tensor:
+        """See `Ops.gelu_mul`."""
+        gate, up = gate_up.chunk(2, -1)
+        return functional.gelu(gate, approximate="tanh" if tanh else "none").mul_(up)
+
     def new_cache(
         self,
         spec: CacheSpec,

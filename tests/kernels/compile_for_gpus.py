@@ -84,6 +84,8 @@ def main():
     ops.rms_norm(x, weight, 1e-6)
     ops.add_rms_norm(x, x, weight, 1e-6)
     ops.silu_mul(x)
+    for tanh in (False, True):
+        ops.gelu_mul(x, tanh=tanh)
     gate_up, down = x.new_ones(8, 64, 128), x.new_ones(8, 128, 32)
     ops.moe(x, x.new_ones(4, 8), gate_up, down, 2, normalize=True)
 

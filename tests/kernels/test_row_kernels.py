@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pagedcore_kernels.activation import silu_mul
+from pagedcore_kernels.activation import gelu_mul, silu_mul
 from pagedcore_kernels.norms import add_rms_norm, rms_norm
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -57,7 +57,25 @@ def test_the_gate_weighs_its_partner(shape, dtype, device):
     assert_near(silu_mul(gate_up), torch.nn.functional.silu(gate) * up, dtype)
 
 
+@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("shape", [(1, 2), (3, 14), (2, 3000)])
+def test_a_gelu_weighs_its_partner(shape, dtype, tanh, device):
+    gate_up = 4 * draw(*shape, dtype, device)
+    gate, up = gate_up.double().chunk(2, 1)
+    want = torch.nn.functional.gelu(gate, approximate="tanh" if tanh else "none") * up
+    assert_near(gelu_mul(gate_up, tanh=tanh), want, dtype)
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_a_gelu_of_large_gates_is_the_gate_or_nothing(tanh, device):
+    gate = torch.tensor([[-3e4, -40.0, 40.0, 3e4]], device=device)
+    out = gelu_mul(torch.cat([gate, torch.ones_like(gate)], 1), tanh=tanh)
+    torch.testing.assert_close(out, gate.clamp(min=0), rtol=0, atol=1e-20)
+
+
 def test_a_step_without_tokens_is_empty(device):
     x = torch.empty(0, 16, device=device)
     assert rms_norm(x, torch.ones(16, device=device), 1e-5).shape == (0, 16)
     assert silu_mul(x).shape == (0, 8)
+    assert gelu_mul(x, tanh=True).shape == (0, 8)

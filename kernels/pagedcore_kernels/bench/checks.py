@@ -98,6 +98,11 @@ def _check_rows(device: str, dtype: torch.dtype, small: bool) -> Iterator[Check]
         gate_up = torch.randn(37, 2 * h, device=device, dtype=dtype)
         error = relative_error(ops.silu_mul(gate_up), plain.silu_mul(gate_up.float()))
         yield Check(f"silu_mul {kind} F {h}", error, LIMITS[dtype])
+        for tanh in (False, True):
+            want = plain.gelu_mul(gate_up.float(), tanh=tanh)
+            error = relative_error(ops.gelu_mul(gate_up, tanh=tanh), want)
+            name = f"gelu_mul {kind} F {h}{', tanh' if tanh else ''}"
+            yield Check(name, error, LIMITS[dtype])
 
 
 def _check_cache(device: str, dtype: torch.dtype) -> Iterator[Check]:

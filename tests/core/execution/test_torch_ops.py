@@ -100,10 +100,14 @@ def test_the_norm_of_a_tiny_row_is_held_by_eps(ops):
 
 @settings(max_examples=20, deadline=None)
 @given(tokens=st.integers(1, 9), width=st.integers(1, 50), dtype=DTYPES)
-def test_the_gate_comes_first_in_silu_mul(tokens, width, dtype):
+def test_the_gate_comes_first_in_silu_mul_and_gelu_mul(tokens, width, dtype):
     gate_up = random(tokens, 2 * width, dtype=dtype)
     gate, up = gate_up.double().chunk(2, -1)
-    check(TorchOps("cpu").silu_mul(gate_up), gate * gate.sigmoid() * up, dtype)
+    ops = TorchOps("cpu")
+    check(ops.silu_mul(gate_up), gate * gate.sigmoid() * up, dtype)
+    check(ops.gelu_mul(gate_up, tanh=False), gate * (1 + (gate / 2**0.5).erf()) / 2 * up, dtype)
+    turned = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    check(ops.gelu_mul(gate_up, tanh=True), gate * (1 + turned.tanh()) / 2 * up, dtype)
 
 
 @settings(max_examples=60, deadline=None)
