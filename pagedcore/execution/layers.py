@@ -20,6 +20,9 @@ from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, StepBatch
 from pagedcore.execution.quantized import Activations
 
+GATES = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new")
+"""Activations that `GatedMLP` has, by the names that a config.json has for them."""
+
 
 class Consumer(Protocol):
     """What multiplies first with what it is given."""
@@ -34,6 +37,19 @@ class FeedForward(Consumer, Protocol):
 
     def __call__(self, x: Activations) -> Tensor:
         """Map x [T, h] to [T, h]."""
+        ...
+
+
+class Mixer(Consumer, Protocol):
+    """What looks at other tokens in a layer, such as attention."""
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        """What it keeps of the past."""
+        ...
+
+    def __call__(self, x: Activations, batch: StepBatch, cache: LayerCache) -> Tensor:
+        """Map x [T, h] to [T, h]; what it keeps of the step's tokens is left in the cache."""
         ...
 
 
@@ -67,12 +83,17 @@ class Linear:
 class Embedding:
     """A vector for each token."""
 
-    def __init__(self, build: ModelBuild, name: str, vocab_size: int, h: int) -> None:
+    def __init__(
+        self, build: ModelBuild, name: str, vocab_size: int, h: int, scale: float = 1.0
+    ) -> None:
+        """Vectors count `scale` times, here and not in a head that is tied to them."""
         self.weight = build.weights.take(f"{name}.weight", (vocab_size, h))
+        self._scale = scale
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Token ids [T] to [T, h]."""
-        return functional.embedding(token_ids, self.weight)
+        found = functional.embedding(token_ids, self.weight)
+        return found if self._scale == 1.0 else found.mul_(self._scale)
 
 
 class Head:
@@ -108,8 +129,7 @@ class RMSNorm:
     ) -> None:
         """`offset` is added to the weight: Gemma stores its difference from 1."""
         self._ops = build.ops
-        weight = build.weights.take(f"{name}.weight", (size,))
-        self._weight = weight + offset if offset else weight
+        self._weight = _shifted(build.weights.take(f"{name}.weight", (size,)), offset)
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -143,6 +163,7 @@ class Attention:
         head_dim: int,
         rope: RopeTable | None,
         qk_norm_eps: float | None = None,
+        qk_norm_offset: float = 0.0,
         qkv_norm: Callable[[Tensor], None] | None = None,
         qkv_bias: bool = False,
         output_bias: bool = False,
@@ -154,6 +175,7 @@ class Attention:
     ) -> None:
         """`scale` is 1 / sqrt(D) by default; `qk_norm_eps` None means that heads have no norm.
 
+        `qk_norm_offset` is added to the weights of the heads' norms, as in `RMSNorm`.
         `qkv_norm` changes [T, (H + 2K) * D] in place before the rotation, where the norm is another
         than `QKNorm`. A single one of `qkv_names` holds queries, keys and values below each other.
         """
@@ -182,7 +204,9 @@ class Attention:
             query, key = (
                 build.weights.take(f"{prefix}.{part}_norm.weight", (head_dim,)) for part in "qk"
             )
-            self._norm = QKNorm(query, key, qk_norm_eps)
+            self._norm = QKNorm(
+                _shifted(query, qk_norm_offset), _shifted(key, qk_norm_offset), qk_norm_eps
+            )
 
     def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
         """See `Consumer.wants_quantized`."""
@@ -201,7 +225,7 @@ class Attention:
 
 
 class GatedMLP:
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x))."""
 
     def __init__(
         self,
@@ -212,9 +236,15 @@ class GatedMLP:
         *,
         bias: bool = False,
         names: Sequence[str] = ("gate_proj", "up_proj"),
+        activation: str = "silu",
     ) -> None:
-        """A single one of `names` holds the gate and what it opens for, below each other."""
+        """A single one of `names` holds the gate and what it opens for, below each other.
+
+        `activation` is one of GATES.
+        """
+        assert activation in GATES, f"a gate cannot be a {activation}"
         self._ops = build.ops
+        self._activation = activation
         parts = [f"{prefix}.{name}" for name in names]
         rows = [width, width] if len(names) > 1 else [2 * width]
         self._gate_up = Linear(build, parts, h, rows, bias=bias, dim=0)
@@ -227,44 +257,12 @@ class GatedMLP:
     def __call__(self, x: Activations) -> Tensor:
         """x [T, h] to [T, h]."""
         gate_up = self._gate_up(x)
+        if self._activation != "silu":
+            tanh = self._activation != "gelu"
+            return self._down(self._ops.gelu_mul(gate_up, tanh=tanh))
         if self._down.wants_quantized(len(gate_up), gate_up.dtype):
             return self._down(self._ops.silu_mul_quantized(gate_up))
         return self._down(self._ops.silu_mul(gate_up))
-
-
-class SparseMoE:
-    """A mixture of gated MLPs, of which each token takes some."""
-
-    def __init__(
-        self,
-        build: ModelBuild,
-        prefix: str,
-        h: int,
-        width: int,
-        *,
-        num_experts: int,
-        num_chosen: int,
-        normalize: bool,
-    ) -> None:
-        """`normalize` makes the weights of the chosen experts sum to 1."""
-        self._ops = build.ops
-        self._num_chosen = num_chosen
-        self._normalize = normalize
-        router = build.weights.take(f"{prefix}.gate.weight", (num_experts, h))
-        self._router = router if router.is_meta else build.ops.pack_linear(router)
-        self._experts = build.quantizer.experts(
-            build.weights, build.ops, f"{prefix}.experts", num_experts, h, width
-        )
-
-    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
-        """See `Consumer.wants_quantized`: the router reads the rows as they are."""
-        return False
-
-    def __call__(self, x: Activations) -> Tensor:
-        """x [T, h] to [T, h]."""
-        assert isinstance(x, Tensor), "nobody asked for 8 bits"
-        scores = self._ops.linear(x, self._router)
-        return self._experts.apply(x, scores, self._num_chosen, self._normalize)
 
 
 class DecoderLayer:
@@ -276,14 +274,24 @@ class DecoderLayer:
         prefix: str,
         h: int,
         eps: float,
-        attention: Attention,
+        attention: Mixer,
         feed_forward: FeedForward,
+        *,
+        norm_names: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"),
+        norm_offset: float = 0.0,
+        then: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
+        """`then` is done to what attention and the feed-forward part return, before it is added.
+
+        Either maps [T, h] to [T, h], such as one more norm, and may overwrite what it is given.
+        """
         self.cache_spec = attention.cache_spec
-        self._attention_norm = RMSNorm(build, f"{prefix}.input_layernorm", h, eps)
+        self._attention_norm, self._feed_forward_norm = (
+            RMSNorm(build, f"{prefix}.{name}", h, eps, offset=norm_offset) for name in norm_names
+        )
         self._attention = attention
-        self._feed_forward_norm = RMSNorm(build, f"{prefix}.post_attention_layernorm", h, eps)
         self._feed_forward = feed_forward
+        self._then = then
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, batch: StepBatch, cache: LayerCache | None
@@ -296,5 +304,15 @@ class DecoderLayer:
         else:
             normed, residual = self._attention_norm.add_for(self._attention, x, residual)
         x = self._attention(normed, batch, cache)
+        if self._then is not None:
+            x = self._then[0](x)
         normed, residual = self._feed_forward_norm.add_for(self._feed_forward, x, residual)
-        return self._feed_forward(normed), residual
+        x = self._feed_forward(normed)
+        if self._then is not None:
+            x = self._then[1](x)
+        return x, residual
+
+
+def _shifted(weight: Tensor, offset: float) -> Tensor:
+    """A norm's weight plus an offset: in float32, since near 1 bfloat16 has only 8 bits."""
+    return weight if weight.is_meta or not offset else weight.float() + offset

@@ -5,13 +5,13 @@ T tokens   S sequences   h hidden size   V vocabulary
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.config_fields import ConfigFields
-from pagedcore.execution.layers import DecoderLayer, Embedding, Head, RMSNorm
+from pagedcore.execution.layers import Embedding, Head, RMSNorm
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import LayerCache, RopeTable, StepBatch
 from pagedcore.execution.rope import make_rope
@@ -30,6 +30,7 @@ class DecoderSizes:
     mlp_width: int
     eps: float
     tied: bool
+    activation: str
 
     @classmethod
     def read(
@@ -40,11 +41,13 @@ class DecoderSizes:
         eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
         tied: bool = False,
         activations: Sequence[str] = ("silu",),
+        activation_name: str = "hidden_act",
     ) -> Self:
         """`head_dim` is the family's, where config.json has none; by default h / num_heads.
 
         `eps` is the field's name, and what it is without one, and `tied` whether embedding and head
-        are one where config.json does not say; the family's MLP can have these `activations`.
+        are one where config.json does not say. The family's MLP can have these `activations`, of
+        which the field `activation_name` says one; the first is taken where it does not.
         Raises ModelError, naming the field, for sizes that no such model can have.
         """
         fields = ConfigFields(config)
@@ -58,7 +61,6 @@ class DecoderSizes:
         head_dim = fields.size("head_dim", head_dim or h // num_heads)
         if head_dim % 2:
             raise fields.error("head_dim", f"must be even; it is {head_dim}")
-        fields.choice("hidden_act", activations, activations[0])
         return cls(
             vocab_size=fields.size("vocab_size"),
             h=h,
@@ -69,6 +71,7 @@ class DecoderSizes:
             mlp_width=fields.size("intermediate_size"),
             eps=fields.number(*eps),
             tied=fields.flag("tie_word_embeddings", tied),
+            activation=fields.choice(activation_name, activations, activations[0]),
         )
 
     def rope(self, build: ModelBuild) -> RopeTable:
@@ -81,17 +84,38 @@ class DecoderSizes:
         )
 
 
+class Layer(Protocol):
+    """One of the layers of a decoder, such as `pagedcore.execution.layers.DecoderLayer`."""
+
+    cache_spec: CacheSpec
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, batch: StepBatch, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """x and residual [T, h] to the same, of which the sum is the stream; None is a zero."""
+        ...
+
+
 class Decoder:
     """Embedding, layers, norm, head: a `pagedcore.execution.model.Model` but for its layers."""
 
     def __init__(
-        self, build: ModelBuild, sizes: DecoderSizes, layers: Sequence[DecoderLayer]
+        self,
+        build: ModelBuild,
+        sizes: DecoderSizes,
+        layers: Sequence[Layer],
+        *,
+        embedding_scale: float = 1.0,
+        norm_offset: float = 0.0,
     ) -> None:
+        """`norm_offset` is added to the weight of the last norm."""
         self.vocab_size = sizes.vocab_size
         self.cache_specs: Sequence[CacheSpec | None] = [layer.cache_spec for layer in layers]
-        self._embedding = Embedding(build, "model.embed_tokens", sizes.vocab_size, sizes.h)
+        self._embedding = Embedding(
+            build, "model.embed_tokens", sizes.vocab_size, sizes.h, embedding_scale
+        )
         self._layers = layers
-        self._norm = RMSNorm(build, "model.norm", sizes.h, sizes.eps)
+        self._norm = RMSNorm(build, "model.norm", sizes.h, sizes.eps, offset=norm_offset)
         tied = self._embedding if sizes.tied else None
         self._head = Head(build, "lm_head", sizes.vocab_size, sizes.h, tied)
 
@@ -119,11 +143,17 @@ def windows(config: Mapping[str, Any], num_layers: int) -> list[int | None]:
     if not fields.flag("use_sliding_window", False) or not fields.has("sliding_window"):
         return [None] * num_layers
     window = fields.size("sliding_window")
-    types = config.get("layer_types")
+    first = fields.size("max_window_layers", 28, least=0)
+    has_window = sliding_layers(fields, num_layers) or [i >= first for i in range(num_layers)]
+    return [window if has else None for has in has_window]
+
+
+def sliding_layers(fields: ConfigFields, num_layers: int) -> list[bool] | None:
+    """Which layers have a window by the config's list of their types; None without such a list."""
+    types = fields.values.get("layer_types")
     if types is None:
-        first = fields.size("max_window_layers", 28, least=0)
-        return [window if i >= first else None for i in range(num_layers)]
+        return None
     known = ("sliding_attention", "full_attention")
     if type(types) is not list or len(types) != num_layers or any(t not in known for t in types):
         raise fields.error("layer_types", f"must list one of {', '.join(known)} for each layer")
-    return [window if t == "sliding_attention" else None for t in types]
+    return [t == "sliding_attention" for t in types]

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from pagedcore.execution.config_fields import ConfigFields
-from pagedcore.execution.layers import Attention, DecoderLayer, FeedForward, GatedMLP, SparseMoE
+from pagedcore.execution.layers import Attention, DecoderLayer, FeedForward, GatedMLP
 from pagedcore.execution.model import ModelBuild
+from pagedcore.execution.moe_layers import SparseMoE
 from pagedcore_models.decoder import Decoder, DecoderSizes
 
 
