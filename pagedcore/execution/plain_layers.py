@@ -32,15 +32,23 @@ class LayerNorm:
     """Normalises by mean and deviation, in float32 with one rounding at the end."""
 
     def __init__(
-        self, build: ModelBuild, name: str, size: int, eps: float, *, bias: bool = True
+        self,
+        build: ModelBuild,
+        name: str,
+        size: int,
+        eps: float,
+        *,
+        weight: bool = True,
+        bias: bool = True,
     ) -> None:
-        self._weight = build.weights.take(f"{name}.weight", (size,))
+        """`weight` and `bias` say whether there is one."""
+        self._weight = build.weights.take(f"{name}.weight", (size,)) if weight else None
         self._bias = build.weights.take(f"{name}.bias", (size,)) if bias else None
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, h] to [T, h]."""
-        return functional.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+        return functional.layer_norm(x, x.shape[-1:], self._weight, self._bias, self._eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and that sum, all [T, h]; the residual is given up."""
@@ -135,7 +143,10 @@ class TransposedWeights:
         if len(shape) != 2:
             return self._weights.take(name, shape, dtype=dtype, dim=dim)
         stored = None if dim is None else 1 - dim
-        return self._weights.take(name, shape[::-1], dtype=dtype, dim=stored).t().contiguous()
+        matrix = self._weights.take(name, shape[::-1], dtype=dtype, dim=stored)
+        if matrix.is_meta:  # where operations would load torch's compiler
+            return matrix.new_empty(matrix.shape[::-1])
+        return matrix.t().contiguous()
 
     def ignore(self, prefix: str) -> None:
         """See `Weights.ignore`."""

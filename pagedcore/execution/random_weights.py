@@ -63,7 +63,8 @@ class RandomWeights:
         if not tensor.is_floating_point():
             tensor.random_(generator=generator)
             return
-        mean = 1.0 if tensor.ndim == 1 and name.endswith("norm.weight") else 0.0
+        is_norm = name.endswith("norm.weight") or (tensor.ndim == 1 and name.endswith(".weight"))
+        mean = 1.0 if is_norm else 0.0
         if tensor.dtype.itemsize > 1:
             tensor.normal_(mean, DEVIATION, generator=generator)
         else:  # a type to store numbers in, without arithmetic
