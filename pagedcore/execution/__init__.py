@@ -21,6 +21,6 @@ batch.py           a `StepPlan` as tensors: the one crossing from bookkeeping to
 executor.py        Executor: launches steps
 loading.py         an Executor from a configuration: device, model, cache, in this order
 graphs.py          whole decode steps as CUDA graphs
-extend_graphs.py   short extensions as CUDA graphs
+extend_graphs.py   steps with short extensions as CUDA graphs
 sampler.py, logits.py, logprobs.py, torch_sampling.py   from logits to tokens
 """

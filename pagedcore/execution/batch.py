@@ -15,7 +15,7 @@ from torch import Tensor
 from pagedcore.execution.device_state import DeviceState
 from pagedcore.execution.logits import upload
 from pagedcore.execution.ops import StepBatch
-from pagedcore.step import Int64, StepPlan
+from pagedcore.step import Int32, Int64, StepPlan
 
 
 @dataclass(slots=True)
@@ -87,15 +87,36 @@ def pack(plan: StepPlan, drawing: Int64) -> PackedPlan:
     return PackedPlan(values, num_tokens, len(counts), len(drawing))
 
 
-def pad(packed: PackedPlan, num_tokens: int, num_seqs: int, padding_row: int) -> PackedPlan:
-    """The same with tokens and sequences of the padding row behind, each of which draws a token."""
-    padded = PackedPlan(np.zeros(0, np.int64), num_tokens, num_seqs, num_seqs)
-    fills = (0, padding_row, padding_row, packed.num_tokens, 0, 0, padding_row, 1)
-    parts, start = [], 0
-    for size, wanted, fill in zip(packed.sizes, padded.sizes, fills, strict=True):
-        parts += [packed.values[start : start + size], np.full(wanted - size, fill, np.int64)]
-        start += size
-    return PackedPlan(np.concatenate(parts), num_tokens, num_seqs, num_seqs)
+def pad_sequences(plan: StepPlan, num_single: int, num_extended: int, padding_row: int) -> StepPlan:
+    """The same with sequences of the padding row behind those of one token, and behind the others.
+
+    The former run one token, in the null block, and the latter none.
+    """
+    wanted = (num_single - plan.num_single, num_extended - (len(plan.rows) - plan.num_single))
+
+    def padded(values: Int32, single: int, extended: int) -> Int32:
+        parts = np.split(values, [plan.num_single])
+        fills = [
+            np.full(n, fill, np.int32) for n, fill in zip(wanted, (single, extended), strict=True)
+        ]
+        return np.concatenate((parts[0], fills[0], parts[1], fills[1]))
+
+    return StepPlan(
+        rows=padded(plan.rows, padding_row, padding_row),
+        num_computed=padded(plan.num_computed, 0, 1),
+        num_scheduled=padded(plan.num_scheduled, 1, 0),
+        samples=np.ones(num_single + num_extended, np.bool_),
+        num_single=num_single,
+    )
+
+
+def pad_tokens(packed: PackedPlan, num_tokens: int, padding_row: int) -> PackedPlan:
+    """The same with tokens of the padding row behind, which belong to no sequence."""
+    missing, size = num_tokens - packed.num_tokens, packed.num_tokens
+    positions, rows, rest = np.split(packed.values, [size, 2 * size])
+    fills = [np.full(missing, fill, np.int64) for fill in (0, padding_row)]
+    values = np.concatenate((positions, fills[0], rows, fills[1], rest))
+    return PackedPlan(values, num_tokens, packed.num_seqs, packed.num_draws)
 
 
 def unpack(

@@ -148,6 +148,7 @@ class Executor:
                 recorder,
                 block_size=block_size,
                 max_num_tokens=max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
             )
         self._results: list[Tensor] = []
         if self.overlaps:

@@ -1,31 +1,49 @@
-"""Short extensions as CUDA graphs: a few new tokens behind prefixes that are cached.
+"""Steps that extend a few sequences as CUDA graphs, beside sequences that decode.
 
-    T tokens, padded up to a bucket    S sequences, padded up to MAX_SEQS
+    N sequences of one token, padded up    E = MAX_EXTENDED longer ones, padded up
+    T tokens of the longer ones, padded up
 
 Such a step takes the device a few milliseconds, and the host three times as long to launch, kernel
-by kernel. One upload fills the buffers that a graph reads; sequences of one token are extensions
-here too, so that the graph does not depend on how many there are.
+by kernel. One upload fills the buffers that a graph reads. A graph belongs to a bucket of N and one
+of T; it is captured when it is needed for the second time, or in advance, while nothing else is to
+do.
 """
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pagedcore.execution.batch import pack, pad, unpack
+from pagedcore.execution.batch import PackedPlan, pack, pad_sequences, pad_tokens, unpack
 from pagedcore.execution.device_state import DeviceState
 from pagedcore.execution.graphs import DrawKind, ExtendStep, GraphRecorder
 from pagedcore.execution.logits import upload
 from pagedcore.execution.ops import Ops
 from pagedcore.step import StepPlan
 
-MAX_SEQS = 4
-BUCKETS = (16, 32, 64, 128, 256, 512)
+MAX_EXTENDED = 4
+SINGLES = (0, 8, 16, 32, 64)
+"""Buckets of N."""
+
+TOKENS = (16, 32, 64, 128, 256, 512, 768, 1024)
+"""Buckets of T: padding costs time, and beyond the last the device takes longer than the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    num_single: int
+    num_tokens: int
+    kind: DrawKind
+
+    @property
+    def num_seqs(self) -> int:
+        return self.num_single + MAX_EXTENDED
 
 
 class ExtendGraphs:
-    """Runs steps of few tokens in which every sequence draws one."""
+    """Runs steps with few longer sequences, in which every sequence draws a token."""
 
     def __init__(
         self,
@@ -36,33 +54,49 @@ class ExtendGraphs:
         *,
         block_size: int,
         max_num_tokens: int,
+        max_num_seqs: int,
     ) -> None:
+        """The longest step has `max_num_tokens`, in `max_num_seqs` sequences."""
         self._step = step
         self._ops = ops
         self._state = state
         self._recorder = recorder
         self._block_size = block_size
-        self._buckets = [n for n in BUCKETS if n <= max_num_tokens]
-        largest = 2 * BUCKETS[-1] + 6 * MAX_SEQS + 1
-        self._values = torch.zeros(largest, dtype=torch.int64, device=state.tokens.device)
-        self._drawn = torch.zeros(MAX_SEQS, dtype=torch.int64, device=state.tokens.device)
-        self._uses: Counter[tuple[int, DrawKind]] = Counter()
-        self._graphs: dict[tuple[int, DrawKind], torch.cuda.CUDAGraph] = {}
-        self._ahead = [(n, DrawKind.PLAIN) for n in reversed(self._buckets)]
-        self._ahead += [(n, DrawKind.GREEDY) for n in reversed(self._buckets)]
+        self._singles = [n for n in SINGLES if n <= max_num_seqs]
+        self._tokens = [n for n in TOKENS if n <= max_num_tokens]
+        device = state.tokens.device
+        num_seqs = SINGLES[-1] + MAX_EXTENDED
+        most = 2 * (SINGLES[-1] + TOKENS[-1]) + 6 * num_seqs + 1
+        self._values = torch.zeros(most, dtype=torch.int64, device=device)
+        self._drawn = torch.zeros(num_seqs, dtype=torch.int64, device=device)
+        self._uses: Counter[_Key] = Counter()
+        self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
+        self._ahead = [
+            _Key(n, tokens, kind)
+            for n in self._singles
+            for kind in (DrawKind.PLAIN, DrawKind.GREEDY)
+            for tokens in reversed(self._tokens)
+        ]
 
     def suits(self, plan: StepPlan) -> bool:
         """Whether a step in which every sequence draws is short enough."""
+        num_single = plan.num_single
         return (
-            len(plan.rows) <= MAX_SEQS
-            and bool(self._buckets)
-            and (plan.num_tokens <= self._buckets[-1])
+            bool(self._tokens)
+            and len(plan.rows) - num_single <= MAX_EXTENDED
+            and num_single <= self._singles[-1]
+            and plan.num_tokens - num_single <= self._tokens[-1]
         )
 
     def run(self, plan: StepPlan, kind: DrawKind) -> Tensor | None:
         """Start a step that `suits`; None: not captured. The result is as `DecodeGraphs.run`'s."""
-        num_tokens, num_seqs = plan.num_tokens, len(plan.rows)
-        key = (next(n for n in self._buckets if n >= num_tokens), kind)
+        num_single, num_seqs = plan.num_single, len(plan.rows)
+        num_tokens = plan.num_tokens - num_single
+        key = _Key(
+            next(n for n in self._singles if n >= num_single),
+            next(n for n in self._tokens if n >= num_tokens),
+            kind,
+        )
         graph = self._graphs.get(key)
         if graph is None:
             self._uses[key] += 1
@@ -71,11 +105,12 @@ class ExtendGraphs:
             graph = self._capture(key)
             if graph is None:
                 return None
-        packed = pack(plan, np.arange(num_seqs))
-        padded = pad(packed, key[0], MAX_SEQS, self._state.padding_row)
-        self._values[: len(padded.values)].copy_(upload(padded.values, self._values.device))
+        self._write(self._padded(plan, key))
         graph.replay()
-        return self._drawn[:num_seqs]
+        if num_single == key.num_single:
+            return self._drawn[:num_seqs]
+        extended = self._drawn[key.num_single :][: num_seqs - num_single]
+        return torch.cat((self._drawn[:num_single], extended))
 
     def capture_next(self) -> bool:
         """Capture one more in advance; False when there is none left."""
@@ -86,32 +121,37 @@ class ExtendGraphs:
                 return True
         return False
 
-    def _capture(self, key: tuple[int, DrawKind]) -> torch.cuda.CUDAGraph | None:
-        size, kind = key
+    def _padded(self, plan: StepPlan, key: _Key) -> PackedPlan:
+        padding_row = self._state.padding_row
+        padded = pad_sequences(plan, key.num_single, MAX_EXTENDED, padding_row)
+        packed = pack(padded, np.arange(key.num_seqs))
+        return pad_tokens(packed, key.num_single + key.num_tokens, padding_row)
+
+    def _write(self, packed: PackedPlan) -> None:
+        self._values[: len(packed.values)].copy_(upload(packed.values, self._values.device))
+
+    def _capture(self, key: _Key) -> torch.cuda.CUDAGraph | None:
         empty = np.zeros(0, np.int32)
-        nothing = pack(
-            StepPlan(empty, empty, empty, np.zeros(0, np.bool_), 0), np.zeros(0, np.int64)
-        )
-        padded = pad(nothing, size, MAX_SEQS, self._state.padding_row)
-        self._values[: len(padded.values)].copy_(upload(padded.values, self._values.device))
-        graph = self._recorder.record(lambda: self._run_once(padded.sizes, kind))
+        packed = self._padded(StepPlan(empty, empty, empty, np.zeros(0, np.bool_), 0), key)
+        self._write(packed)
+        graph = self._recorder.record(lambda: self._run_once(packed.sizes, key))
         if graph is not None:
             self._graphs[key] = graph
         return graph
 
-    def _run_once(self, sizes: list[int], kind: DrawKind) -> None:
+    def _run_once(self, sizes: list[int], key: _Key) -> None:
         state = self._state
         step = unpack(
             self._values[: sum(sizes)],
             sizes,
             state,
             self._block_size,
-            drawing=np.arange(MAX_SEQS),
-            num_single=0,
-            max_query_len=sizes[0],
+            drawing=np.arange(key.num_seqs),
+            num_single=key.num_single,
+            max_query_len=key.num_tokens,
             max_context_len=state.tokens.shape[1] - 1,
         )
-        drawn, logits = self._step(step, kind)
+        drawn, logits = self._step(step, key.kind)
         positions = step.num_known - 1
         marked = self._ops.advance_rows(drawn, logits, state.tokens, step.rows, positions)
-        self._drawn.copy_(marked)
+        self._drawn[: key.num_seqs].copy_(marked)

@@ -24,8 +24,9 @@ class StepBatch:
     """Where the tokens of one step stand, and where their sequences keep the past.
 
     The first `num_single` sequences run one token each and are the first `num_single` tokens; the
-    others run `query_start[i + 1] - query_start[i]` tokens each. Padding (in graphs) has length 0
-    in `context_len` and slot 0, which lies in the null block and is never read.
+    others run `query_start[i + 1] - query_start[i]` tokens each. Padding (in graphs) has a row
+    whose table names the null block alone, and its slots lie there: what it reads is of no use. A
+    single sequence of padding may have length 0 in `context_len`.
     """
 
     positions: Tensor

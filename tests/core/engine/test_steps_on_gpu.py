@@ -95,6 +95,22 @@ def run(engine, asked, first_id=0, **params):
     return list(outputs.values())
 
 
+def run_late(engine, asked, first_id, **params):
+    """As `run`, but the prompts arrive one by one, while those before them decode."""
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 64, "ignore_eos": True, **params})
+    waiting = list(enumerate(asked))
+    outputs = {first_id + i: [] for i, _ in waiting}
+    while engine.has_work or waiting:
+        if waiting and sum(map(len, outputs.values())) >= 5 * waiting[0][0]:
+            i, prompt = waiting.pop(0)
+            engine.add(Request(id=first_id + i, prompt_token_ids=prompt, params=params))
+        output = engine.step()
+        if output is not None:
+            for request_id, token in zip(output.request_ids, output.tokens, strict=True):
+                outputs[int(request_id)].append(int(token))
+    return list(outputs.values())
+
+
 @pytest.fixture(scope="module")
 def expected(folder):
     config = EngineConfig.from_options(
@@ -133,7 +149,7 @@ def test_chunks_and_cached_prefixes_change_no_token(make, expected):
 
 @pytest.mark.parametrize("seed", [None, 5], ids=["greedy", "seeded"])
 def test_short_extensions_as_graphs_change_no_token(make, seed):
-    """Several at once, behind cached prefixes and beside sequences that decode."""
+    """Several at once, behind cached prefixes, and beside sequences that decode."""
     wishes = dict(temperature=0.0) if seed is None else dict(temperature=0.9, seed=seed)
     rng = np.random.default_rng(3)
     shared = rng.integers(0, 1024, 300).astype(np.int32)
@@ -147,6 +163,7 @@ def test_short_extensions_as_graphs_change_no_token(make, seed):
         assert run(engine, asked, 100 * round_, **wishes) == wanted
         alone = [run(engine, [p], 1000 * round_ + 50 + i, **wishes) for i, p in enumerate(asked)]
         assert [tokens for [tokens] in alone] == wanted
+        assert run_late(engine, asked, 1000 * round_ + 500, **wishes) == wanted
 
 
 def test_graphs_that_are_prepared_in_advance_give_the_same_tokens(make, expected):

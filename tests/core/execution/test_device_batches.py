@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedcore.execution.batch import pack, pad, profile_batch, to_device, unpack
+from pagedcore.execution.batch import (
+    pack,
+    pad_sequences,
+    pad_tokens,
+    profile_batch,
+    to_device,
+    unpack,
+)
 from pagedcore.execution.device_state import DeviceState
 from pagedcore.execution.graphs import bucket_sizes
 from pagedcore.request import Request
@@ -82,44 +89,56 @@ def test_a_plan_becomes_the_tokens_positions_and_slots_it_stands_for(data):
     assert step.batch.max_context_len == (computed + counts).max()
 
 
+def unpacked(packed, state, num_single):
+    return unpack(
+        torch.from_numpy(packed.values),
+        packed.sizes,
+        state,
+        BLOCK,
+        drawing=np.arange(packed.num_draws),
+        num_single=num_single,
+        max_query_len=32,
+        max_context_len=32,
+    )
+
+
 @given(st.data())
-def test_padding_adds_tokens_of_nobody_behind_the_others(data):
-    state = make_state()
+def test_padding_moves_no_token_of_anybody_and_adds_those_of_nobody(data):
+    state = make_state(num_rows=9)
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    rows = rng.permutation(6)[: data.draw(st.integers(1, 4))].astype(np.int32)
-    computed, counts = rng.integers(0, 9, len(rows)), rng.integers(1, 6, len(rows))
-    every = np.ones(len(rows), np.bool_)
-    plan = StepPlan(rows, computed.astype(np.int32), counts.astype(np.int32), every, 0)
-    packed = pack(plan, np.arange(len(rows)))
-    padded = pad(packed, 32, 4, state.padding_row)
+    num_single, num_long = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 4))
+    seqs = num_single + num_long
+    rows = rng.permutation(9)[:seqs].astype(np.int32)
+    computed = rng.integers(0, 9, seqs).astype(np.int32)
+    counts = np.where(np.arange(seqs) < num_single, 1, rng.integers(2, 6, seqs)).astype(np.int32)
+    state.block_tables[:, :9].copy_(torch.randint(1, 50, (2, 9, 9)))
+    plan = StepPlan(rows, computed, counts, np.ones(seqs, np.bool_), num_single)
 
-    plain, wide = (
-        unpack(
-            torch.from_numpy(each.values),
-            each.sizes,
-            state,
-            BLOCK,
-            drawing=np.arange(each.num_draws),
-            num_single=0,
-            max_query_len=32,
-            max_context_len=32,
-        )
-        for each in (packed, padded)
-    )
+    plain = unpacked(pack(plan, np.arange(seqs)), state, num_single)
+    padded = pad_sequences(plan, 5, 4, state.padding_row)
+    wide = unpacked(pad_tokens(pack(padded, np.arange(9)), 32, state.padding_row), state, 5)
 
-    tokens, seqs = plan.num_tokens, len(rows)
     assert len(wide.token_ids) == 32
-    assert torch.equal(wide.batch.positions[:tokens], plain.batch.positions)
-    assert torch.equal(wide.batch.slots[:, :tokens], plain.batch.slots)
-    assert not (wide.batch.slots[:, tokens:] // BLOCK).any()  # the null block
-    assert wide.batch.rows.tolist() == rows.tolist() + [state.padding_row] * (4 - seqs)
-    assert wide.batch.query_start.tolist() == [*plain.batch.query_start.tolist()] + [tokens] * (
-        4 - seqs
-    )
-    assert wide.batch.context_len[seqs:].tolist() == [0] * (4 - seqs)
-    assert torch.equal(wide.last_token[:seqs], plain.last_token)
-    assert torch.equal(wide.num_known[:seqs], plain.num_known)
-    assert wide.rows[seqs:].tolist() == [state.padding_row] * (4 - seqs)
+    assert wide.batch.num_single == 5
+    tokens = plan.num_tokens
+    kept = [*range(num_single), *range(5, 5 + tokens - num_single)]  # where their tokens went
+    others = sorted({*range(32)} - {*kept})
+    assert torch.equal(wide.batch.positions[kept], plain.batch.positions)
+    assert torch.equal(wide.batch.slots[:, kept], plain.batch.slots)
+    assert not (wide.batch.slots[:, others] // BLOCK).any()  # the null block
+    members = [*range(num_single), *range(5, 5 + num_long)]
+    nobody = sorted({*range(9)} - {*members})
+    for name in ("rows", "context_len"):
+        values, wanted = getattr(wide.batch, name), getattr(plain.batch, name)
+        assert torch.equal(values[members], wanted)
+    assert wide.batch.rows[nobody].tolist() == [state.padding_row] * len(nobody)
+    lengths = wide.batch.query_start.diff()
+    assert torch.equal(lengths[members], plain.batch.query_start.diff())
+    assert lengths[nobody].tolist() == [int(i < 5) for i in nobody]
+    assert [kept.index(i) for i in wide.last_token[members].tolist()] == plain.last_token.tolist()
+    assert torch.equal(wide.num_known[members], plain.num_known)
+    assert wide.rows[nobody].tolist() == [state.padding_row] * len(nobody)
+    assert (wide.num_known[nobody] == 1).all()
 
 
 def test_the_largest_step_is_cut_into_sequences_that_are_allowed():
