@@ -5,6 +5,10 @@
 Needs an installation (of wheels, say). Weights are random, and so the tokenizer has a word for each
 id. Starts `pagedcore serve --server asgi` on a free port, asks with `pagedcore bench serve`, and
 prints the start's seconds, TTFT and TPOT. The client runs on the same machine.
+
+It asks three times: prompts that are `new` to a server which has only just started; `warm`, other
+new prompts; and `seen`, those of the round before, which the server's prefix cache holds: what a
+benchmark prints that is run twice with one seed.
 """
 
 import argparse
@@ -84,19 +88,26 @@ def main() -> None:
     bench += ["--random-output-len", str(args.output_len), "--request-rate", str(args.rate)]
     bench += ["--save-result", "--result-dir", str(folder), "--result-filename", figures.name]
     server = subprocess.Popen([*command, *serve])
+    rounds: dict[str, dict[str, object]] = {}
     try:
         ready_s = wait_ready(server, port)
         print(f"start to ready: {ready_s:.1f} s", flush=True)
         time.sleep(args.settle)
-        subprocess.run([*command, *bench], check=True, env={**os.environ, "COLUMNS": "100"})
+        for name, seed in (("new", 0), ("warm", 1), ("seen", 1)):
+            print(f"--- {name}", flush=True)
+            subprocess.run(
+                [*command, *bench, "--seed", str(seed)],
+                check=True,
+                env={**os.environ, "COLUMNS": "100"},
+            )
+            result = json.loads(figures.read_text())
+            rounds[name] = {k: v for k, v in result.items() if not isinstance(v, list)}
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
-    result = json.loads(figures.read_text())
     print(json.dumps(PEER.get(args.shape, {})))
     if args.out:
-        kept = {k: v for k, v in result.items() if not isinstance(v, list)}
-        write_result(args.out, arguments=vars(args), ready_seconds=ready_s, figures=kept)
+        write_result(args.out, arguments=vars(args), ready_seconds=ready_s, rounds=rounds)
 
 
 if __name__ == "__main__":
