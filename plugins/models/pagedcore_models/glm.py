@@ -2,54 +2,18 @@
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from pagedcore.execution.config_fields import ConfigFields
 from pagedcore.execution.layers import Attention, DecoderLayer, GatedMLP, RMSNorm
 from pagedcore.execution.model import ModelBuild
-from pagedcore.execution.ops import LayerCache, StepBatch
 from pagedcore.execution.rope import make_rope
 from pagedcore_models.decoder import Decoder, DecoderSizes
-
-
-class SandwichLayer:
-    """Attention, then an MLP; each between two norms, and added to what it was given."""
-
-    def __init__(
-        self,
-        build: ModelBuild,
-        prefix: str,
-        h: int,
-        eps: float,
-        attention: Attention,
-        feed_forward: GatedMLP,
-    ) -> None:
-        self.cache_spec = attention.cache_spec
-        self._before_attention = RMSNorm(build, f"{prefix}.input_layernorm", h, eps)
-        self._attention = attention
-        self._after_attention = RMSNorm(build, f"{prefix}.post_self_attn_layernorm", h, eps)
-        self._before_mlp = RMSNorm(build, f"{prefix}.post_attention_layernorm", h, eps)
-        self._mlp = feed_forward
-        self._after_mlp = RMSNorm(build, f"{prefix}.post_mlp_layernorm", h, eps)
-
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, batch: StepBatch, cache: LayerCache | None
-    ) -> tuple[Tensor, Tensor]:
-        """x and residual [T, h] to the same, of which the sum is the stream; None is a zero."""
-        assert cache is not None, "attention keeps a cache"
-        if residual is None:
-            normed, residual = self._before_attention(x), x
-        else:
-            normed, residual = self._before_attention.add(x, residual)
-        x = self._after_attention(self._attention(normed, batch, cache))
-        normed, residual = self._before_mlp.add(x, residual)
-        return self._after_mlp(self._mlp(normed)), residual
 
 
 class GlmForCausalLM(Decoder):
     """GLM-4-9B of 2024."""
 
-    layer_class: type[DecoderLayer] | type[SandwichLayer] = DecoderLayer
+    norms_after: tuple[str, str] | None = None
+    """Norms of what attention and MLP return."""
 
     def __init__(self, build: ModelBuild) -> None:
         """See `Model`."""
@@ -63,7 +27,10 @@ class GlmForCausalLM(Decoder):
         )
         rope = replace(rope, interleaved=True)
 
-        def layer(prefix: str) -> DecoderLayer | SandwichLayer:
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(build, name, sizes.h, sizes.eps)
+
+        def layer(prefix: str) -> DecoderLayer:
             attention = Attention(
                 build,
                 f"{prefix}.self_attn",
@@ -75,7 +42,11 @@ class GlmForCausalLM(Decoder):
                 qkv_bias=attention_bias,
             )
             mlp = GatedMLP(build, f"{prefix}.mlp", sizes.h, sizes.mlp_width, names=["gate_up_proj"])
-            return self.layer_class(build, prefix, sizes.h, sizes.eps, attention, mlp)
+            then = None
+            if self.norms_after is not None:
+                first, second = self.norms_after
+                then = norm(f"{prefix}.{first}"), norm(f"{prefix}.{second}")
+            return DecoderLayer(build, prefix, sizes.h, sizes.eps, attention, mlp, then=then)
 
         layers = [layer(f"model.layers.{i}") for i in range(sizes.num_layers)]
         super().__init__(build, sizes, layers)
@@ -84,4 +55,4 @@ class GlmForCausalLM(Decoder):
 class Glm4ForCausalLM(GlmForCausalLM):
     """GLM-4-0414 and GLM-Z1."""
 
-    layer_class = SandwichLayer
+    norms_after = ("post_self_attn_layernorm", "post_mlp_layernorm")

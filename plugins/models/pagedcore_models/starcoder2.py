@@ -13,12 +13,13 @@ class Starcoder2ForCausalLM(PlainDecoder):
 
     def __init__(self, build: ModelBuild) -> None:
         """See `Model`."""
-        activations = ["gelu_pytorch_tanh", *ACTIVATIONS]
         sizes = DecoderSizes.read(
-            build.config, eps=("norm_epsilon", 1e-5), tied=True, activations=activations
+            build.config,
+            eps=("norm_epsilon", 1e-5),
+            tied=True,
+            activations=["gelu_pytorch_tanh", *ACTIVATIONS],
         )
         fields = ConfigFields(build.config)
-        activation = fields.choice("hidden_act", activations, activations[0])
         bias = fields.flag("use_bias", True)
         window = fields.size("sliding_window") if fields.has("sliding_window") else None
         rope = sizes.rope(build)
@@ -44,7 +45,7 @@ class Starcoder2ForCausalLM(PlainDecoder):
                 [f"{prefix}.mlp.c_fc", f"{prefix}.mlp.c_proj"],
                 sizes.h,
                 sizes.mlp_width,
-                activation=activation,
+                activation=sizes.activation,
                 bias=bias,
             )
             before_attention = norm(f"{prefix}.input_layernorm")
