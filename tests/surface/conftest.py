@@ -155,7 +155,7 @@ class Running:
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
-    def request(self, method, path, body=None, headers=None, timeout_s=30):
+    def request(self, method, path, body=None, headers=None, timeout_s=60):
         """One request on a connection of its own; `body` is bytes, or a value that becomes JSON."""
         headers = dict(headers or {})
         if body is not None and not isinstance(body, bytes):
@@ -201,11 +201,11 @@ class Running:
         body = {"messages": messages, "max_tokens": 4, **fields}
         return self.request("POST", "/v1/chat/completions", body, headers)
 
-    def connect(self, timeout_s=30):
+    def connect(self, timeout_s=60):
         """A raw connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout_s)
 
-    def raw(self, data, timeout_s=30):
+    def raw(self, data, timeout_s=60):
         """Send bytes, and return what comes until the server closes."""
         with self.connect(timeout_s) as link:
             link.sendall(data)
@@ -213,7 +213,7 @@ class Running:
 
     def client(self, **options):
         """The official client."""
-        options = {"api_key": "none", "max_retries": 0, "timeout": 30, **options}
+        options = {"api_key": "none", "max_retries": 0, "timeout": 60, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def wait_ready(self):
@@ -243,7 +243,7 @@ class Running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.05)
 
-    def stop(self, number=signal.SIGTERM, timeout_s=30):
+    def stop(self, number=signal.SIGTERM, timeout_s=60):
         """Signal the server, and return its exit status."""
         self.process.send_signal(number)
         return self.process.wait(timeout_s)
@@ -320,7 +320,7 @@ def start(face, tmp_path_factory):
             if process.poll() is None:
                 process.terminate()
                 try:
-                    process.wait(20)
+                    process.wait(60)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()

@@ -140,7 +140,7 @@ def test_keys_come_from_a_file_and_the_environment_too(start, tmp_path):
 
 
 def test_a_body_that_is_sent_first_still_gets_its_401(locked):
-    connection = http.client.HTTPConnection("127.0.0.1", locked.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", locked.port, timeout=60)
     connection.request("POST", "/v1/completions", b"x" * (4 << 20))
     assert connection.getresponse().status == 401
     connection.close()

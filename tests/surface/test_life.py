@@ -38,7 +38,7 @@ def wait_gone(pids):
             handle = os.pidfd_open(pid)
         except ProcessLookupError:
             continue
-        assert select.select([handle], [], [], 20)[0], f"{pid} lives on"
+        assert select.select([handle], [], [], 60)[0], f"{pid} lives on"
         os.close(handle)
 
 
@@ -81,9 +81,9 @@ def test_a_signal_aborts_what_runs_when_there_is_no_time(start, tmp_path):  # LI
         server.process.terminate()
 
         assert list(stream)[-1].choices[0].finish_reason == "abort"
-        plain.join(30)
-        raw.join(30)
-        assert server.process.wait(30) == 0
+        plain.join(60)
+        raw.join(60)
+        assert server.process.wait(60) == 0
         wait_gone(children)
     assert answers[0].error["type"] == "ServiceUnavailableError"
     *chunks, end = streams[0].events
@@ -108,7 +108,7 @@ def test_a_drain_lets_what_runs_end_and_refuses_the_rest(start):  # LIFE-1, LIFE
             chunks = list(stream)
             assert "".join(chunk.choices[0].text for chunk in chunks) == "abcab"
             assert chunks[-1].choices[0].finish_reason == "length"
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
 
 
 def wait_draining(server):
@@ -121,7 +121,7 @@ def test_a_drain_has_an_end(start):  # LIFE-4
         (stream,) = begun(server, 1, max_tokens=100)
         server.process.terminate()
         assert list(stream)[-1].choices[0].finish_reason == "abort"
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_a_second_signal_does_not_wait(start):  # LIFE-4
@@ -131,7 +131,7 @@ def test_a_second_signal_does_not_wait(start):  # LIFE-4
         wait_draining(server)
         server.process.terminate()
         assert list(stream)[-1].choices[0].finish_reason == "abort"
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_an_engine_that_stops_or_dies_is_seen_and_comes_back(start, tmp_path):
@@ -159,10 +159,10 @@ def test_an_engine_that_stops_or_dies_is_seen_and_comes_back(start, tmp_path):
         for stream in streams:
             with pytest.raises(openai.APIError, match="engine"):
                 list(stream)
-        plain.join(30)
+        plain.join(60)
         assert answers[0].error["type"] == "InternalServerError"
         if server.face == "pytriton":  # it ends where the others begin anew
-            assert server.process.wait(30) != 0
+            assert server.process.wait(60) != 0
             return
         server.wait_ready()
         assert server.complete(max_tokens=3).json["choices"][0]["text"] == "abc"
@@ -170,18 +170,18 @@ def test_an_engine_that_stops_or_dies_is_seen_and_comes_back(start, tmp_path):
         begun(server, 4, max_tokens=1000)
         children = children_of(server.process.pid)
         server.process.kill()
-        server.process.wait(30)
+        server.process.wait(60)
         wait_gone(children)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_engine_that_cannot_start_ends_the_server(start):
     with start(engine={"device": "none"}, wait=False) as server:
-        assert server.process.wait(30) == 1
+        assert server.process.wait(60) == 1
         assert "the device 'none' cannot run anything" in server.log.read_text()
 
 
 def test_a_port_in_use_is_told_before_anything_loads(start, server):  # EN-32
     with start(port=server.port, wait=False) as second:
-        assert second.process.wait(30) == 1
+        assert second.process.wait(60) == 1
         assert str(server.port) in second.log.read_text()

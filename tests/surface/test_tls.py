@@ -46,7 +46,7 @@ def test_a_server_with_a_certificate_speaks_tls(start, certificate):
         url = f"https://localhost:{server.port}/livez"
         while server.process.poll() is None:
             try:
-                with urllib.request.urlopen(url, context=trusting, timeout=30) as answer:
+                with urllib.request.urlopen(url, context=trusting, timeout=60) as answer:
                     assert answer.status == 200
                 break
             except OSError:

@@ -66,6 +66,9 @@ PROBE_COUNTERS = ("probe_prompt_tokens", "probe_generation_tokens", "probe_ends"
 EXTRA = ("stop_strings", *PROBE_COUNTERS)
 """What corrects an engine's own counters: it also takes an end by a stop string for an abort."""
 
+OPEN = "open"
+"""Set to 1 by each front end that takes requests, when it begins to."""
+
 REFUSALS = ("draining", "not_ready", "tenant_limit")
 """Why a front end refuses requests by itself (QUEUE-3)."""
 
@@ -73,7 +76,7 @@ REFUSALS = ("draining", "not_ready", "tenant_limit")
 def _layout() -> tuple[dict[str, int], int]:
     """Where each name's numbers begin, and how many there are in all."""
     sizes = {h.name: len(h.bounds) + 2 for h in HISTOGRAMS}
-    sizes |= dict.fromkeys((*EXTRA, *REFUSALS), 1)
+    sizes |= dict.fromkeys((*EXTRA, *REFUSALS, OPEN), 1)
     ends = list(accumulate(sizes.values()))
     return dict(zip(sizes, [0, *ends], strict=False)), ends[-1]
 
@@ -94,6 +97,11 @@ class Counters:
         """What one front end counts in."""
         begin = _WIDTH * index
         return Slot(self._numbers[begin : begin + _WIDTH])
+
+    @property
+    def all_open(self) -> bool:
+        """Whether every front end has begun to take requests: they may share a port."""
+        return self.value(OPEN) >= self._num_slots
 
     def value(self, name: str) -> float:
         """A counter's sum over all front ends."""

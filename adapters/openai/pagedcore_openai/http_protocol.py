@@ -137,7 +137,11 @@ class GuardedHttp(HttpToolsProtocol):
     def _arm(self) -> None:
         if self._deadline is None:
             wait_s = self.limits.http_read_timeout
-            self._deadline = self.loop.call_later(wait_s, self.transport.abort)
+            self._deadline = self.loop.call_later(wait_s, self._expire)
+
+    def _expire(self) -> None:
+        """Close, unless what came while this process was held up completes the headers."""
+        self._deadline = self.loop.call_later(0, self.transport.abort)  # after what can be read
 
     def _disarm(self) -> None:
         if self._deadline is not None:

@@ -55,7 +55,7 @@ class Probes:
     async def readyz(self, request: Request) -> Response:
         """Whether new requests are taken."""
         self._surface.start()
-        self._surface.check_open()
+        self._surface.check_ready()
         return Response()
 
     async def health_generate(self, request: Request) -> Response:

@@ -17,7 +17,7 @@ from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
 from pagedcore.server_config import ServerConfig
 from pagedcore.text.tokenizer import Tokenizer
 from pagedcore_openai.bounded_inputs import BoundedInputs
-from pagedcore_openai.counters import Counters, Slot
+from pagedcore_openai.counters import OPEN, Counters, Slot
 from pagedcore_openai.errors import ApiError
 
 Result = TypeVar("Result")
@@ -109,6 +109,14 @@ class Surface:
             raise EngineDeadError("it does not answer")
         _ = self.inputs
 
+    def check_ready(self) -> None:
+        """The same, for the whole server: until all front ends have begun, a client may meet one
+        that has not.
+        """
+        self.check_open()
+        if not self.counters.all_open:
+            raise OverloadedError("another front end is loading", "not_ready")
+
     def check_open_for_work(self) -> None:
         """The same, for what counts as a request: refusals are counted (QUEUE-3)."""
         try:
@@ -189,6 +197,7 @@ class Surface:
     async def _load(self) -> None:
         info = await self.client.wait_ready()
         self._inputs = await asyncio.to_thread(load_inputs, self.config, info)
+        self.slot.add(OPEN)
 
 
 async def _disconnected(receive: Receive) -> None:

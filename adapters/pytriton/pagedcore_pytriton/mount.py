@@ -22,7 +22,7 @@ from pagedcore.engine.process import BUILD, EngineProcess
 from pagedcore.errors import EngineDeadError
 from pagedcore.server_config import API_KEY_VARIABLE, ServerConfig
 from pagedcore_openai.collector import settle_collector
-from pagedcore_openai.counters import Counters
+from pagedcore_openai.counters import OPEN, Counters
 from pagedcore_openai.serve import listen
 from pagedcore_pytriton.completions import Completions
 from pagedcore_pytriton.environment import prepare_environment, temporary_workspace
@@ -70,6 +70,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD) -> 
             model.bind()
             triton.watch()
             drain.include(model.completions)
+            counters.slot(1).add(OPEN)
             settle_collector()
             logger.info("model %s: http %d, grpc %d, metrics %d", name, *_in_order(ports))
         while not stop.asked.wait(_LOOK_S):
