@@ -116,10 +116,14 @@ class CheckpointShapes:
         ignored: set[str],
     ) -> None:
         self._stored = stored
-        self._dtype = dtype
+        self.dtype = dtype
         self._wanted = wanted
         self._missing = missing
         self._ignored = ignored
+
+    def stored_shape(self, name: str) -> tuple[int, ...] | None:
+        """See `Weights.stored_shape`."""
+        return self._stored[name].shape if name in self._stored else None
 
     def has(self, name: str) -> bool:
         """See `Weights.has`."""
@@ -134,7 +138,7 @@ class CheckpointShapes:
         dim: int | None = None,
     ) -> Tensor:
         """See `Weights.take`."""
-        dtype = dtype or self._dtype
+        dtype = dtype or self.dtype
         if name in self._stored:
             tensor = self._stored[name]
             check_stored(name, tensor, shape, dtype, dim)
@@ -162,9 +166,13 @@ class CheckpointTensors:
         order: Collection[StoredTensor],
     ) -> None:
         self._stored = stored
-        self._dtype = dtype
+        self.dtype = dtype
         self._reader = WeightReader(device, order)
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def stored_shape(self, name: str) -> tuple[int, ...] | None:
+        """See `Weights.stored_shape`."""
+        return self._stored[name].shape if name in self._stored else None
 
     def has(self, name: str) -> bool:
         """See `Weights.has`."""
@@ -179,7 +187,7 @@ class CheckpointTensors:
         dim: int | None = None,
     ) -> Tensor:
         """See `Weights.take`."""
-        dtype = dtype or self._dtype
+        dtype = dtype or self.dtype
         if name not in self._stored:
             raise _lacking([name])
         stored = self._stored[name]

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 class Weights(Protocol):
     """Where tensors come from: a checkpoint, random numbers, or shapes alone (device "meta")."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's, in which tensors come unless another is asked for."""
+        ...
+
+    def stored_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor; None where there is none, or any (random numbers)."""
+        ...
+
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
         ...

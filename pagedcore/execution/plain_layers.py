@@ -127,6 +127,15 @@ class TransposedWeights:
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Weights.dtype`."""
+        return self._weights.dtype
+
+    def stored_shape(self, name: str) -> tuple[int, ...] | None:
+        """See `Weights.stored_shape`: as it is stored."""
+        return self._weights.stored_shape(name)
+
     def has(self, name: str) -> bool:
         """See `Weights.has`."""
         return self._weights.has(name)

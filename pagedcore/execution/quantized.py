@@ -1,12 +1,14 @@
-"""Activations and weights of 8 bits: what they are, and the operations on them.
+"""Activations and weights of few bits: what they are, and the operations on them.
 
     T tokens   h hidden size   F MLP width   G groups of inputs that share a scale
 
 A float8 (e4m3) tensor holds numbers up to 448 with 3 bits of fraction; each row of activations, and
-each output of a weight, has a scale beside it that its numbers are multiplied by.
+each output of a weight, has a scale beside it that its numbers are multiplied by. Weights of 4 or 8
+bits that are no floats are `Grouped`, whatever format they came in.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -36,6 +38,90 @@ class Quantized:
 
 Activations = Tensor | Quantized
 """What a linear layer takes."""
+
+
+@dataclass(slots=True)
+class Grouped:
+    """A weight [out, in] as codes of 4 or 8 bits, of which runs of in / G inputs share a scale.
+
+    A code c of an output and a group stands for one of these, in float32, every operation rounded
+    on its own: that is what each format's own definition comes to, to the bit.
+
+        (c - zero) * scale            with `zero`; where nothing else is there, it is 2^(bits - 1)
+        c * scale + minimum           with `minimum`
+        table[c] * scale              with `table`
+    """
+
+    codes: Tensor
+    """uint8, contiguous: [out, in] of 8 bits; [out, in / 2] of 4, even inputs in the low halves."""
+
+    scale: Tensor
+    """[out, G] in any float type."""
+
+    bits: int
+    """4 or 8."""
+
+    zero: Tensor | None = None
+    """[out, G] uint8."""
+
+    minimum: Tensor | None = None
+    """[out, G] float32."""
+
+    table: Tensor | None = None
+    """[16] float32, of 4 bits."""
+
+    order: Tensor | None = None
+    """[in] int64: column i multiplies input order[i]. None where they stand in order."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1] * (8 // self.bits)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[1] // self.scale.shape[1]
+
+
+def join_grouped(parts: Sequence[Grouped]) -> Grouped | None:
+    """The parts below each other as one weight; None where they are of different kinds."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if not all(_are_alike(first, part) for part in parts[1:]):
+        return None
+
+    def join(name: str) -> Tensor | None:
+        tensors: list[Tensor] = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else _below(tensors)
+
+    codes, scale = join("codes"), join("scale")
+    assert codes is not None
+    assert scale is not None
+    return replace(first, codes=codes, scale=scale, zero=join("zero"), minimum=join("minimum"))
+
+
+def _below(tensors: Sequence[Tensor]) -> Tensor:
+    if tensors[0].is_meta:  # where torch.cat would load torch's compiler
+        rows = sum(len(tensor) for tensor in tensors)
+        return tensors[0].new_empty((rows, *tensors[0].shape[1:]))
+    return torch.cat(list(tensors))
+
+
+def _are_alike(a: Grouped, b: Grouped) -> bool:
+    """Whether two weights may share rows of codes, scales and what else there is."""
+    kinds = [
+        (w.bits, w.shape[1], w.scale.shape[1], w.scale.dtype, w.zero is None, w.minimum is None)
+        for w in (a, b)
+    ]
+    return kinds[0] == kinds[1] and _equal(a.table, b.table) and _equal(a.order, b.order)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.is_meta or torch.equal(a, b)
 
 
 class QuantizedOps(Protocol):
@@ -76,4 +162,30 @@ class QuantizedOps(Protocol):
 
     def silu_mul_quantized(self, gate_up: Tensor) -> Quantized:
         """As `Ops.silu_mul`, rounded as by `quantize`."""
+        ...
+
+    def pack_grouped(self, weight: Grouped, dtype: torch.dtype) -> Grouped:
+        """The weight in the layout that `grouped_linear` is fastest with; called once, at the load.
+
+        `dtype` is that of the rows to come. The result stands for the same weight, and only
+        `grouped_linear` of the same backend may read it; the original is given up.
+        """
+        ...
+
+    def grouped_linear(self, x: Tensor, weight: Grouped, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] times a packed weight [out, in], plus bias [out]: [T, out] in x's dtype.
+
+        x comes in its own order, also where the weight has one. Sums are in float32; the weight's
+        numbers may be rounded to x's dtype once.
+        """
+        ...
+
+    def int8_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """x [T, in] times weight [out, in] int8, plus bias [out]: [T, out] in x's dtype.
+
+        Each row of x is rounded to whole numbers up to 127 of its largest magnitude; products are
+        summed exactly, and count `scale` [out, 1] float32 times.
+        """
         ...

@@ -27,9 +27,13 @@ class RandomWeights:
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         self.num_bytes = 0
         """Bytes of all tensors that were taken."""
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._seed = seed
+
+    def stored_shape(self, name: str) -> tuple[int, ...] | None:
+        """Any that is asked for."""
+        return None
 
     def has(self, name: str) -> bool:
         """Nothing that a model could do without."""
@@ -45,7 +49,7 @@ class RandomWeights:
     ) -> Tensor:
         """See `Weights.take`."""
         assert dim is None or 0 <= dim < len(shape), f"{name} has no dimension {dim}"
-        tensor = torch.empty(tuple(shape), dtype=dtype or self._dtype, device=self._device)
+        tensor = torch.empty(tuple(shape), dtype=dtype or self.dtype, device=self._device)
         self.num_bytes += tensor.nbytes
         if not tensor.is_meta:
             self._fill(tensor, name)

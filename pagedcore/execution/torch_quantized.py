@@ -1,4 +1,4 @@
-"""8 bits in plain torch: right on any device, and slow, because weights are widened in every step.
+"""Few bits in plain torch: right on any device, and slow, as weights are widened in every step.
 
 T tokens   h hidden size   G groups of inputs that share a scale
 """
@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagedcore.execution.quantized import FLOAT8, GROUP_COLUMNS, LARGEST, Activations, Quantized
+from pagedcore.execution.quantized import (
+    FLOAT8,
+    GROUP_COLUMNS,
+    LARGEST,
+    Activations,
+    Grouped,
+    Quantized,
+)
 
 _PIECE = 2**24
 """Elements that are in memory as float32 at a time."""
+
+_EXACT = 1024
+"""Products of int8 whose sum a float32 holds exactly: 127 * 127 * 1024 < 2^24."""
 
 
 class TorchQuantizedOps(ABC):
@@ -65,6 +75,58 @@ class TorchQuantizedOps(ABC):
     def silu_mul_quantized(self, gate_up: Tensor) -> Quantized:
         """See `QuantizedOps.silu_mul_quantized`."""
         return self.quantize(self.silu_mul(gate_up))
+
+    def pack_grouped(self, weight: Grouped, dtype: torch.dtype) -> Grouped:
+        """See `QuantizedOps.pack_grouped`."""
+        return weight
+
+    def grouped_linear(self, x: Tensor, weight: Grouped, bias: Tensor | None = None) -> Tensor:
+        """See `QuantizedOps.grouped_linear`."""
+        if weight.order is not None:
+            x = x.index_select(1, weight.order)
+        return functional.linear(x, widen_grouped(weight, x.dtype), bias)
+
+    def int8_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """See `QuantizedOps.int8_linear`."""
+        wide = x.float()
+        part = wide.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo().tiny)
+        values = (wide / part).round_()
+        sums = values.new_zeros((len(x), len(weight)))
+        for first in range(0, weight.shape[1], _EXACT):
+            span = slice(first, first + _EXACT)
+            sums += functional.linear(values[:, span], weight[:, span].float())
+        out = sums.mul_(part).mul_(scale.t())
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+def widen_grouped(weight: Grouped, dtype: torch.dtype) -> Tensor:
+    """What a weight stands for, [out, in] in `dtype`; its columns as they are stored."""
+    rows, columns = weight.shape
+    wide = torch.empty((rows, columns), dtype=dtype, device=weight.codes.device)
+    step = max(1, _PIECE // max(1, columns))
+    for first in range(0, rows, step):
+        wide[first : first + step] = _widen_rows(weight, slice(first, first + step))
+    return wide
+
+
+def _widen_rows(weight: Grouped, rows: slice) -> Tensor:
+    """Some rows in float32; see `Grouped` for each of the operations."""
+    codes, scale = weight.codes[rows], weight.scale[rows].float()[:, :, None]
+    if weight.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
+    codes = codes.view(len(codes), scale.shape[1], -1)
+    if weight.table is not None:
+        return (weight.table[codes.int()] * scale).flatten(1)
+    values = codes.float()
+    if weight.minimum is not None:
+        return values.mul_(scale).add_(weight.minimum[rows, :, None]).flatten(1)
+    if weight.zero is not None:
+        values -= weight.zero[rows, :, None]
+    else:
+        values -= 2 ** (weight.bits - 1)
+    return values.mul_(scale).flatten(1)
 
 
 def widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

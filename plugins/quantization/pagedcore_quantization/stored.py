@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pagedcore.errors import ModelError
+from pagedcore.execution.expert_ops import Experts
 from pagedcore.execution.model import Weights
 from pagedcore.execution.ops import Ops
 from pagedcore.execution.quantized import FLOAT8, GROUP_COLUMNS
@@ -80,7 +81,7 @@ class StoredFp8:
             down[e] = self._take_wide(weights, f"{prefix}.{e}.down_proj", h, width)
         assert gate_up is not None, "a mixture has at least one expert"
         assert down is not None
-        return UnquantizedExperts(ops, gate_up, down)
+        return UnquantizedExperts(ops, Experts(gate_up=gate_up, down=down))
 
     def _take(
         self, weights: Weights, name: str, rows: int, columns: int, dim: int | None
@@ -90,7 +91,7 @@ class StoredFp8:
             weights.ignore(f"{name}.{unused}")
             weights.ignore(f"{name.rpartition('.')[0]}.{unused}")
         values = weights.take(f"{name}.weight", (rows, columns), dtype=FLOAT8, dim=dim)
-        scale = self._take_scale(weights, name, rows, columns, torch.float32, dim)
+        scale = self._take_scale(weights, name, rows, columns, dim)
         return values, _repeat_rows(scale, len(values), self._rows_per_scale(scale, rows))
 
     def _take_scale(
@@ -99,7 +100,6 @@ class StoredFp8:
         name: str,
         rows: int,
         columns: int,
-        dtype: torch.dtype | None,
         dim: int | None,
     ) -> Tensor:
         """A part's scales as they are stored: [rows, 1], [1, 1], or one for each block."""
@@ -108,7 +108,7 @@ class StoredFp8:
         else:
             shapes = [(rows, 1), (1,), (), (rows,), (1, 1)]
             dim = 0 if dim == 0 else None
-        found = _take_any(weights, f"{name}.{self._format.suffix}", shapes, dtype, dim)
+        found = _take_any(weights, f"{name}.{self._format.suffix}", shapes, dim)
         return found if found.ndim == 2 else found.reshape(-1, 1)
 
     def _rows_per_scale(self, scale: Tensor, rows: int) -> int:
@@ -121,14 +121,9 @@ class StoredFp8:
         if self._format.kept.holds(name):
             return weights.take(f"{name}.weight", (rows, columns))
         values, scale = self._take(weights, name, rows, columns, None)
-        dtype = self._model_dtype(weights, name, rows, columns)
         if values.is_meta:
-            return torch.empty((rows, columns), dtype=dtype, device="meta")
-        return widen(values, scale, dtype)
-
-    def _model_dtype(self, weights: Weights, name: str, rows: int, columns: int) -> torch.dtype:
-        """The type in which weights are taken that have no type of their own, told by one."""
-        return self._take_scale(weights, name, rows, columns, None, None).dtype
+            return torch.empty((rows, columns), dtype=weights.dtype, device="meta")
+        return widen(values, scale, weights.dtype)
 
 
 def _blocks(size: int) -> int:
@@ -146,14 +141,15 @@ def _take_any(
     weights: Weights,
     name: str,
     shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype | None,
     dim: int | None,
 ) -> Tensor:
     """A tensor of one of some shapes; the first says what is expected if it has none of them."""
     first: ModelError | None = None
     for shape in shapes:
         try:
-            return weights.take(name, shape, dtype=dtype, dim=dim if len(shape) == 2 else None)
+            return weights.take(
+                name, shape, dtype=torch.float32, dim=dim if len(shape) == 2 else None
+            )
         except ModelError as error:
             first = first or error
     assert first is not None, "there is a shape to try"
