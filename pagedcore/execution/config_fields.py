@@ -32,9 +32,22 @@ class ConfigFields:
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number."""
         value = self._get(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if not _is_positive(value):
             raise self.error(name, "must be a positive number")
         return float(value)
+
+    def number_or_none(self, name: str, default: float | None = None) -> float | None:
+        """As `number`, but null is None: the default is for configs that do not say anything."""
+        if name in self.values or default is None:
+            return self.number(name) if self.has(name) else None
+        return default
+
+    def numbers(self, name: str, count: int) -> list[float]:
+        """A list of so many positive numbers."""
+        value = self.values.get(name)
+        if type(value) is not list or len(value) != count or not all(map(_is_positive, value)):
+            raise self.error(name, f"must be a list of {count} positive numbers")
+        return [float(item) for item in value]
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         """A boolean."""
@@ -79,3 +92,7 @@ class ConfigFields:
     def _get(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
         return default if value is None else value
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf

@@ -4,6 +4,10 @@
 
 A config says `rope_theta` and `rope_scaling`, or, since transformers 5, both in `rope_parameters`.
 All scalings but `dynamic` are one frequency for each of D / 2 pairs.
+
+`longrope` has two lists of factors, for texts up to the length that a model was first trained for,
+and for longer ones. Keys in a cache cannot turn anew when their sequence grows, and are shared with
+others: so the table's length decides for all, and a server for short texts sets `max_model_len`.
 """
 
 import math
@@ -16,7 +20,8 @@ from torch import Tensor
 from pagedcore.execution.config_fields import ConfigFields
 from pagedcore.execution.ops import RopeTable
 
-TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "su")
+"""`su` is an old name of `longrope`."""
 
 MAX_POSITIONS = 2**24
 """Beyond, float32 cannot tell one position from the next."""
@@ -50,14 +55,19 @@ def make_rope(
         )
     if device.type == "meta":
         # Check the settings without a position. Operations on meta would load torch's compiler.
-        _cos_sin(torch.empty(0), model, scaling, theta, dim)
+        _cos_sin(torch.empty(0), model, scaling, theta, dim, max_positions)
         return RopeTable(torch.empty(max_positions, dim, device=device))
     positions = torch.arange(max_positions, dtype=torch.float32, device=device)
-    return RopeTable(_cos_sin(positions, model, scaling, theta, dim))
+    return RopeTable(_cos_sin(positions, model, scaling, theta, dim, max_positions))
 
 
 def _cos_sin(
-    positions: Tensor, model: ConfigFields, scaling: ConfigFields, theta: float, dim: int
+    positions: Tensor,
+    model: ConfigFields,
+    scaling: ConfigFields,
+    theta: float,
+    dim: int,
+    max_positions: int,
 ) -> Tensor:
     """Cosines and sines [P, D] for positions [P] float32."""
     kind = scaling.choice("rope_type" if scaling.has("rope_type") else "type", TYPES, "default")
@@ -76,6 +86,11 @@ def _cos_sin(
             factor = scaling.number("factor", model.size("max_position_embeddings") / trained)
             frequencies = _yarn(frequencies, scaling, theta, factor, trained)
             amplitude = _yarn_amplitude(scaling, factor)
+        elif kind in ("longrope", "su"):
+            trained = _trained_length(model, scaling)
+            factor = scaling.number("factor", model.size("max_position_embeddings") / trained)
+            frequencies = _longrope(frequencies, scaling, is_long=max_positions > trained)
+            amplitude = _longrope_amplitude(scaling, factor, trained)
         angles = torch.outer(positions, frequencies.to(positions.device))
     cos_sin = torch.cat([angles.cos(), angles.sin_()], 1)
     return cos_sin if amplitude == 1.0 else cos_sin.mul_(amplitude)
@@ -146,3 +161,16 @@ def _yarn_amplitude(scaling: ConfigFields, factor: float) -> float:
     if scaling.values.get("mscale") and scaling.values.get("mscale_all_dim"):
         return grown(scaling.number("mscale")) / grown(scaling.number("mscale_all_dim"))
     return grown(1.0)
+
+
+def _longrope(frequencies: Tensor, scaling: ConfigFields, *, is_long: bool) -> Tensor:
+    """Every pair turns slower by a factor of its own."""
+    short, long = (scaling.numbers(f"{n}_factor", len(frequencies)) for n in ("short", "long"))
+    return frequencies / torch.tensor(long if is_long else short)
+
+
+def _longrope_amplitude(scaling: ConfigFields, factor: float, trained: int) -> float:
+    """As `_yarn_amplitude`."""
+    if scaling.has("attention_factor"):
+        return scaling.number("attention_factor")
+    return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 < trained else 1.0

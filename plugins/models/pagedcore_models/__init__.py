@@ -5,6 +5,14 @@ mistral.py         MistralForCausalLM: attention over a sliding window
 qwen2.py           Qwen2ForCausalLM: biases on queries, keys and values
 qwen3.py           Qwen3ForCausalLM: norms on queries and keys
 qwen3_moe.py       Qwen3MoeForCausalLM: a mixture of experts in place of the MLP
+gemma2.py          Gemma2ForCausalLM: norms on both sides, capped scores, windows
+gemma3.py          Gemma3ForCausalLM: two rotary bases, norms on queries and keys
+mixtral.py         MixtralForCausalLM: a mixture of experts in a Mistral
+qwen2_moe.py       Qwen2MoeForCausalLM: a mixture of experts, and one that all tokens take
+phi3.py            Phi3ForCausalLM: Phi-3 and Phi-4, fused weights
+granite.py         GraniteForCausalLM: multipliers
+olmo2.py           Olmo2ForCausalLM: norms behind each part
+smollm3.py         SmolLM3ForCausalLM: layers without positions
 cohere.py          CohereForCausalLM, Cohere2ForCausalLM: attention and MLP side by side
 glm.py             GlmForCausalLM, Glm4ForCausalLM: half of each head turns; norms on both sides
 starcoder2.py      Starcoder2ForCausalLM: LayerNorms, biases, a plain MLP
@@ -35,14 +43,22 @@ MODULES = {
     "Cohere2ForCausalLM": "cohere",
     "CohereForCausalLM": "cohere",
     "GPT2LMHeadModel": "gpt2",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
     "Glm4ForCausalLM": "glm",
     "GlmForCausalLM": "glm",
+    "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "OPTForCausalLM": "opt",
+    "Olmo2ForCausalLM": "olmo2",
+    "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "SmolLM3ForCausalLM": "smollm3",
     "Starcoder2ForCausalLM": "starcoder2",
 }
 """The module of each architecture, which is imported when the architecture is asked for."""

@@ -110,4 +110,116 @@ CASES = {
             },
         },
     ),
+    "Gemma2ForCausalLM": ModelCase(
+        family="Gemma 2",
+        config={
+            **SIZES,
+            "model_type": "gemma2",
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 8,
+            "attn_logit_softcapping": 5.0,
+            "tie_word_embeddings": True,
+        },
+        variants={
+            "layer types and no caps": {
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+            },
+            "biases and an exact GELU": {"attention_bias": True, "hidden_activation": "gelu"},
+        },
+        notes="blocks that a window has left are freed",
+    ),
+    "Gemma3ForCausalLM": ModelCase(
+        family="Gemma 3 (text): 270M, 1B",
+        config={
+            **SIZES,
+            "model_type": "gemma3_text",
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 8,
+            "num_hidden_layers": 7,
+            "tie_word_embeddings": True,
+        },
+        variants={
+            "scaled rope and caps": {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "num_hidden_layers": 2,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+                "final_logit_softcapping": 20.0,
+            },
+        },
+        notes="blocks that a window has left are freed",
+    ),
+    "MixtralForCausalLM": ModelCase(
+        family="Mixtral",
+        config={**SIZES, "model_type": "mixtral", "num_local_experts": 6},
+        variants={"a window": {"sliding_window": 8, "head_dim": 24}},
+    ),
+    "Qwen2MoeForCausalLM": ModelCase(
+        family="Qwen1.5-MoE, Qwen2-MoE",
+        config={
+            **SIZES,
+            "model_type": "qwen2_moe",
+            **MIXTURE,
+            "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 80,
+        },
+        variants={
+            "weights that sum to 1": {"norm_topk_prob": True, "qkv_bias": False},
+            "some MLPs": {
+                "num_hidden_layers": 4,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [3],
+            },
+        },
+    ),
+    "Phi3ForCausalLM": ModelCase(
+        family="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        config={**SIZES, "model_type": "phi3", **NO_PAD},
+        variants={
+            "a window": {"sliding_window": 8},
+            "a part that turns": {
+                "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75},
+                "tie_word_embeddings": True,
+                "hidden_size": 128,
+            },
+        },
+        notes="`max_model_len` chooses between rotary factors for short and for long texts",
+    ),
+    "GraniteForCausalLM": ModelCase(
+        family="Granite 3",
+        config={
+            **SIZES,
+            "model_type": "granite",
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 2.5,
+            "tie_word_embeddings": True,
+        },
+        variants={"biases": {"attention_bias": True, "mlp_bias": True}},
+    ),
+    "Olmo2ForCausalLM": ModelCase(
+        family="OLMo 2",
+        config={**SIZES, "model_type": "olmo2"},
+        variants={"biases and one kv head": {"attention_bias": True, "num_key_value_heads": 1}},
+    ),
+    "SmolLM3ForCausalLM": ModelCase(
+        family="SmolLM3",
+        config={**SIZES, "model_type": "smollm3", "num_hidden_layers": 5, **NO_PAD},
+        variants={
+            "other layers turn": {
+                "no_rope_layers": [0, 1, 1, 0, 1],
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "attention_bias": True,
+                "mlp_bias": True,
+            },
+        },
+    ),
 }

@@ -74,13 +74,14 @@ class DecoderSizes:
             activation=fields.choice(activation_name, activations, activations[0]),
         )
 
-    def rope(self, build: ModelBuild) -> RopeTable:
-        """The rotary table, which all layers share."""
+    def rope(self, build: ModelBuild, theta: float = 10000.0) -> RopeTable:
+        """The rotary table, which all layers share; `theta` is the family's base."""
         return make_rope(
             build.config,
             head_dim=self.head_dim,
             max_positions=build.max_positions,
             device=build.device,
+            theta=theta,
         )
 
 

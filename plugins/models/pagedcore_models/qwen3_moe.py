@@ -24,6 +24,10 @@ class MixtureSizes:
     without: frozenset[int]
     """Layers that have an MLP all the same."""
 
+    def is_at(self, index: int) -> bool:
+        """Whether layer `index` mixes experts."""
+        return index not in self.without and (index + 1) % self.every == 0
+
     @classmethod
     def read(cls, fields: ConfigFields) -> Self:
         """Raises ModelError, naming the field, for sizes that no mixture can have."""
@@ -56,7 +60,7 @@ class Qwen3MoeForCausalLM(Decoder):
         rope = sizes.rope(build)
 
         def feed_forward(prefix: str, index: int) -> FeedForward:
-            if index in mixture.without or (index + 1) % mixture.every:
+            if not mixture.is_at(index):
                 return GatedMLP(build, prefix, sizes.h, sizes.mlp_width)
             return SparseMoE(
                 build,

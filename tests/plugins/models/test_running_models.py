@@ -111,7 +111,7 @@ def lying(saved, tmp_path):
         ("", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
         ("", {"attention_bias": True}, "asks for: 'model.layers.0.self_attn.q_proj.bias'"),
         ("", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
-        ("", {"rope_parameters": {"rope_type": "su"}}, "rope_parameters.rope_type must be one of"),
+        ("", {"rope_parameters": {"rope_type": "twisted"}}, "rope_parameters.rope_type must be one of"),
         ("", {"max_position_embeddings": 10**12}, "max_position_embeddings must be at most"),
         ("", {"dtype": "int4"}, "dtype must be one of"),
         ("", {"architectures": ["Qwen2ForCausalLM"]}, "self_attn.q_proj.bias"),
