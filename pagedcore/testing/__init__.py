@@ -1,8 +1,13 @@
-"""Stand-ins for tests: of this project, of its plugins, and of programs that embed it.
+"""Stand-ins for tests and conformance kits: for this project, its plugins, and who embeds it.
 
-fake_engine.py  FakeEngine: the interface of an Engine, without a model
-hash_model.py   HashModel: runs a scheduler's plans; a wrong block changes every later token
-model_case.py   ModelCase: a tiny configuration of an architecture, for the model kit
-scheduler_*.py  World: a scheduler, the hash model and an oracle, checked after every operation
-tiny_models.py  model folders of each family, with random weights that transformers made
+fake_engine.py       FakeEngine: the interface of an Engine, without a model
+hash_model.py        HashModel: runs a scheduler's plans; a wrong block changes every later token
+scheduler_*.py       World: a scheduler, the hash model and an oracle, checked after every operation
+tiny_models.py       model folders of each family, with random weights that transformers made
+checks.py            Check: a promise that a kit puts to the test
+model_case.py        ModelCase: a tiny configuration of an architecture
+model_kit.py         its logits in every schedule, against transformers
+schedules.py         the schedules: chunks, decodes, batches, cached prefixes
+paged_model.py       PagedModel: a model over a paged cache, driven by hand
+drawn_checkpoint.py  a checkpoint for an architecture that transformers does not have
 """
