@@ -7,6 +7,12 @@ from pagedcore.errors import ModelError
 from pagedcore.execution.rope import make_rope
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1 + i / 16 for i in range(16)],
+    "long_factor": [2 + i for i in range(16)],
+    "original_max_position_embeddings": 64,
+}
 SCALINGS = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 2.5},
@@ -18,6 +24,9 @@ SCALINGS = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
+    "longrope": LONGROPE,
+    "longrope with its own factor": LONGROPE | {"factor": 16.0},
+    "longrope with an amplitude": LONGROPE | {"attention_factor": 1.25},
     "yarn": YARN,
     "yarn with its own bounds": YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False},
     "yarn with an amplitude": YARN | {"attention_factor": 1.25},
@@ -85,7 +94,26 @@ def test_a_dynamic_base_grows_with_the_position_beyond_what_was_trained():
     assert (ours[256:] - reference(SCALINGS["default"], 300)[256:]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_the_length_of_a_table_chooses_between_short_and_long_factors():
+    """Up to the trained length the short ones hold; beyond, the long ones do from position 0 on."""
+    ours = table({"rope_parameters": LONGROPE}, max_positions=64)
+    assert close(ours, reference(LONGROPE, 64))
+    longer = table({"rope_parameters": LONGROPE}, max_positions=65)
+    assert close(longer, reference(LONGROPE, 65))
+    assert (longer[:64] - ours).abs().max() > 0.1
+
+
+def test_a_longrope_that_makes_nothing_longer_has_no_amplitude():
+    config = {"rope_scaling": LONGROPE | {"factor": 1.0}}
+    assert table(config)[0].tolist() == [1.0] * 16 + [0.0] * 16
+
+
+def test_su_is_the_old_name_of_longrope():
+    config = {"rope_scaling": LONGROPE | {"rope_type": "su"}}
+    assert torch.equal(table(config), table({"rope_scaling": LONGROPE}))
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn", "longrope"])
 def test_the_trained_length_may_stand_beside_the_scaling(kind):
     scaling = dict(SCALINGS[kind])
     del scaling["original_max_position_embeddings"]
@@ -116,7 +144,18 @@ def test_more_positions_than_float32_can_tell_apart_are_refused():
 @pytest.mark.parametrize(
     ("config", "field", "allowed"),
     [
-        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.type", "default, linear"),
+        ({"rope_scaling": {"type": "twisted"}}, "rope_scaling.type", "default, linear"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.short_factor", "list of 16"),
+        (
+            {"rope_scaling": LONGROPE | {"long_factor": [1.0] * 15}},
+            "rope_scaling.long_factor",
+            "list of 16 positive numbers",
+        ),
+        (
+            {"rope_scaling": LONGROPE | {"short_factor": [0] * 16}},
+            "rope_scaling.short_factor",
+            "list of 16 positive numbers",
+        ),
         ({"rope_parameters": {"rope_type": 3}}, "rope_parameters.rope_type", "yarn"),
         ({"rope_parameters": []}, "rope_parameters", "an object"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor", "a positive number"),

@@ -13,13 +13,8 @@ from pagedcore.testing.tiny_models import greedy_tokens, save_tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
-FAMILIES = {
-    "llama": {"tie_word_embeddings": True, "max_shard_size": "60KB"},
-    "mistral": {"sliding_window": 20},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
-    "qwen3": {},
-    "qwen3_moe": {},
-}
+CASES = pagedcore_models.pagedcore_model_cases()
+GENERATING = [name for name, case in CASES.items() if case.reference == "AutoModelForCausalLM"]
 
 
 def engine(folder, **options):
@@ -32,10 +27,10 @@ def tokens_of(llm, prompts):
     return [output.outputs[0].token_ids for output in outputs]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_of_transformers(family, tmp_path, prompts):
+@pytest.mark.parametrize("architecture", GENERATING)
+def test_tokens_are_those_of_transformers(architecture, tmp_path, prompts):
     """All prompts at once, in chunks of few tokens, so that prefill and decode share steps."""
-    reference = save_tiny_model(tmp_path, family, **FAMILIES[family])
+    reference = save_tiny_model(tmp_path, CASES[architecture].config)
     llm = engine(tmp_path, max_num_batched_tokens=16, max_num_seqs=4)
     expected = [greedy_tokens(reference, prompt, 24) for prompt in prompts]
     assert tokens_of(llm, prompts) == expected
@@ -62,12 +57,17 @@ def test_every_architecture_that_is_offered_has_a_class_of_its_name():
     assert [load().__name__ for load in offered.values()] == list(offered)
 
 
+CHECKED = ["Gemma2", "Gemma3", "Granite", "Mixtral", "Phi3", "Qwen2Moe", "SmolLM3", "Olmo2"]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     save_tiny_model(folder, "llama")
     save_tiny_model(folder / "qwen3", "qwen3", num_hidden_layers=2)
     save_tiny_model(folder / "qwen3_moe", "qwen3_moe", num_hidden_layers=2)
+    for family in CHECKED:
+        save_tiny_model(folder / family, CASES[f"{family}ForCausalLM"].config)
     return folder
 
 
@@ -111,7 +111,11 @@ def lying(saved, tmp_path):
         ("", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
         ("", {"attention_bias": True}, "asks for: 'model.layers.0.self_attn.q_proj.bias'"),
         ("", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
-        ("", {"rope_parameters": {"rope_type": "twisted"}}, "rope_parameters.rope_type must be one of"),
+        (
+            "",
+            {"rope_parameters": {"rope_type": "new"}},
+            "rope_parameters.rope_type must be one of",
+        ),
         ("", {"max_position_embeddings": 10**12}, "max_position_embeddings must be at most"),
         ("", {"dtype": "int4"}, "dtype must be one of"),
         ("", {"architectures": ["Qwen2ForCausalLM"]}, "self_attn.q_proj.bias"),
@@ -127,6 +131,45 @@ def lying(saved, tmp_path):
         ("qwen3_moe", {"num_experts_per_tok": 7}, "at most num_local_experts, 6, not 7"),
         ("qwen3_moe", {"moe_intermediate_size": 32}, "must have the shape [32, 64]"),
         ("qwen3_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers must be a list of whole numbers"),
+        (
+            "Gemma2",
+            {"hidden_activation": "relu"},
+            "hidden_activation must be one of gelu_pytorch_tanh, gelu, gelu_new, silu, not 'relu'",
+        ),
+        ("Gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping must be a positive"),
+        ("Gemma2", {"final_logit_softcapping": "30"}, "final_logit_softcapping must be a positive"),
+        ("Gemma2", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar must be a positive"),
+        ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be"),
+        ("Gemma2", {"layer_types": ["sliding_attention"]}, "layer_types must list one of"),
+        ("Gemma2", {"sliding_window": -4}, "sliding_window must be a whole number"),
+        ("Gemma3", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ("Gemma3", {"rope_parameters": None, "rope_local_base_freq": 0}, "rope_local_base_freq"),
+        (
+            "Gemma3",
+            {"rope_parameters": {"full_attention": {"rope_type": "linear"}}},
+            "rope_parameters.factor must be a positive number",
+        ),
+        ("Granite", {"residual_multiplier": 0}, "residual_multiplier must be a positive number"),
+        ("Granite", {"logits_scaling": None, "embedding_multiplier": "x"}, "embedding_multiplier"),
+        ("Granite", {"hidden_act": "relu2"}, "hidden_act must be one of silu, gelu, gelu_pytorch_"),
+        ("Mixtral", {"num_local_experts": None}, "num_experts must be a whole number"),
+        ("Mixtral", {"num_local_experts": 7}, "gate.weight' must have the shape [7, 64]"),
+        ("Mixtral", {"num_experts_per_tok": 9}, "must be at most num_local_experts, 6, not 9"),
+        ("Mixtral", {"intermediate_size": 64}, "experts.0.w1.weight' must have the shape [64, 64]"),
+        ("Mixtral", {"hidden_act": "gelu"}, "hidden_act must be one of silu, not 'gelu'"),
+        ("Phi3", {"num_key_value_heads": 4}, "qkv_proj.weight' must have the shape [192, 64]"),
+        ("Phi3", {"intermediate_size": 64}, "gate_up_proj.weight' must have the shape [128, 64]"),
+        ("Phi3", {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.short_factor"),
+        ("Qwen2Moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size"),
+        ("Qwen2Moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number"),
+        ("SmolLM3", {"no_rope_layers": [1, 0]}, "no_rope_layers must hold 0 or 1 for each of 5"),
+        ("SmolLM3", {"no_rope_layers": [1, 0, 2, 1, 1]}, "no_rope_layers must hold 0 or 1"),
+        (
+            "SmolLM3",
+            {"no_rope_layers": None, "no_rope_layer_interval": 0},
+            "no_rope_layer_interval",
+        ),
+        ("Olmo2", {"num_key_value_heads": 1}, "k_norm.weight' must have the shape [16]"),
     ],
 )
 @pytest.mark.timeout(20)
