@@ -196,6 +196,9 @@ class ExecutionConfig:
     disable_plugin: tuple[str, ...] = ()
     """Installed plugins that are not loaded."""
 
+    only_plugin: tuple[str, ...] = ()
+    """Installed plugins that are loaded, besides `core`; by default all that are not disabled."""
+
     def __post_init__(self) -> None:
         check_types(self)
 

@@ -18,7 +18,7 @@ from pagedcore.errors import PluginError
 
 if TYPE_CHECKING:
     from pagedcore.config import EngineConfig
-    from pagedcore.engine.engine import StepStats
+    from pagedcore.engine.observers import RequestRecord, StepStats
     from pagedcore.execution.ops import Ops
     from pagedcore.execution.quantizer import Quantizer
     from pagedcore.scheduling.policies import Policy
@@ -113,6 +113,16 @@ def pagedcore_step_finished(stats: "StepStats") -> None:
 
     Called once per step, in the engine's thread: what it costs is added to every step. One that
     raises is not called again, and the failure is logged and counted.
+    """
+
+
+@hookspec
+def pagedcore_request_finished(record: "RequestRecord") -> None:
+    """Observe a sequence that is over: for accounting and audit.
+
+    Called once for each choice of a request, whatever ended it, in the engine's thread, after its
+    last token has been handed out: what it costs is added to that step. One that raises is not
+    called again, and the failure is logged and counted.
     """
 
 

@@ -10,22 +10,28 @@ from pagedcore import hookspecs
 from pagedcore.errors import PluginError, UnknownNameError
 
 GROUP = "pagedcore"
+CORE = "core"
+"""The plugin that the core itself is: `pagedcore.builtin`."""
 
 
-def load_plugins(disabled: Iterable[str] = ()) -> pluggy.PluginManager:
+def load_plugins(disabled: Iterable[str] = (), only: Iterable[str] = ()) -> pluggy.PluginManager:
     """Return a manager holding every installed plugin but the `disabled` ones.
+
+    With `only`, it holds those and `core`, without which nothing runs.
 
     Raises PluginError, naming plugin, distribution and remedy, for one that fails to load, answers
     a hook that does not exist, or asks for another version of the hook spec; and UnknownNameError
-    for a name to disable that no plugin has.
+    for a name in either list that no plugin has.
     """
     manager = register({})
-    blocked = set(disabled)
+    blocked, wanted = set(disabled), set(only)
     installed = sorted(entry_points(group=GROUP), key=lambda e: e.name)
-    for name in sorted(blocked - {entry_point.name for entry_point in installed}):
+    for name in sorted((blocked | wanted) - {entry_point.name for entry_point in installed}):
         raise UnknownNameError("plugin", name, {entry_point.name for entry_point in installed})
     for entry_point in installed:
         if entry_point.name in blocked:
+            continue
+        if wanted and entry_point.name not in wanted | {CORE}:
             continue
         dist = entry_point.dist.name if entry_point.dist else "unknown"
         remedy = f"Fix or uninstall {dist}, or start with --disable-plugin {entry_point.name}."
@@ -67,8 +73,8 @@ def collect(manager: pluggy.PluginManager, hook: str) -> dict[str, Any]:
             if name in owner:
                 kind = _kind(hook)
                 raise PluginError(
-                    f"two plugins offer the {kind} {name!r}: {owner[name]} and "
-                    f"{impl.plugin_name}. Start with --disable-plugin for one of them."
+                    f"two plugins offer the {kind} {name!r}: {_origin(owner[name])} and "
+                    f"{_origin(impl.plugin_name)}. Start with --disable-plugin for one of them."
                 )
             merged[name], owner[name] = thing, impl.plugin_name
     return merged
@@ -80,6 +86,14 @@ def choose(manager: pluggy.PluginManager, hook: str, name: str) -> Any:
     if name not in offered:
         raise UnknownNameError(_kind(hook), name, offered)
     return offered[name]
+
+
+def _origin(plugin: str) -> str:
+    """A plugin's name and, where it was installed, its distribution."""
+    for entry_point in entry_points(group=GROUP):
+        if entry_point.name == plugin and entry_point.dist:
+            return f"{plugin} from {entry_point.dist.name}"
+    return plugin
 
 
 def _kind(hook: str) -> str:

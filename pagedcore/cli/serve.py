@@ -23,9 +23,9 @@ def serve(model: str = DEFAULT_MODEL, *, server: str = "litserve", **options: An
     """
     server_config = ServerConfig(**take(options, ServerConfig))
     engine_config = EngineConfig.from_options(model=model, **options)
-    mount = choose(
-        load_plugins(engine_config.execution.disable_plugin), "pagedcore_servers", server
-    )
+    execution = engine_config.execution
+    plugins = load_plugins(execution.disable_plugin, execution.only_plugin)
+    mount = choose(plugins, "pagedcore_servers", server)
     _check_address(server_config.host, server_config.port)
     status: int = mount(engine_config, server_config)
     return status

@@ -30,7 +30,7 @@ def build_engine(
     cause can be known by then.
     """
     started = time.perf_counter()
-    plugins = plugins or load_plugins(config.execution.disable_plugin)
+    plugins = plugins or load_plugins(config.execution.disable_plugin, config.execution.only_plugin)
     policy = choose(plugins, "pagedcore_policies", config.scheduler.scheduling_policy)()
     if config.cache.enable_prefix_caching:
         check_algorithm(config.cache.prefix_caching_hash_algo)

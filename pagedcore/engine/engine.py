@@ -11,11 +11,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import pluggy
 
 from pagedcore.engine.info import EngineInfo
+from pagedcore.engine.observers import Observers, StepStats, record_of
 from pagedcore.metrics import STEP_TOKENS, Buckets
 from pagedcore.request import Request
 from pagedcore.scheduling.scheduler import Scheduler
@@ -48,38 +49,6 @@ class StepExecutor(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepStats:
-    """What an observer learns of one finished step."""
-
-    num_seqs: int
-    """Sequences in the step."""
-
-    num_tokens: int
-    """Tokens that it ran."""
-
-    num_outputs: int
-    """Tokens that it produced."""
-
-    num_running: int
-    """Sequences that hold a row now."""
-
-    num_waiting: int
-    """Sequences that wait now."""
-
-    cache_usage: float
-    """Share of blocks in use, in 0..1."""
-
-    plan_seconds: float
-    """Host time spent planning and launching."""
-
-    wait_seconds: float
-    """Host time spent waiting for the device."""
-
-    finish_seconds: float
-    """Host time spent on the results."""
-
-
 @dataclass(slots=True)
 class _InFlight:
     plan: StepPlan
@@ -109,9 +78,11 @@ class Engine:
         self._depth = 2 if async_scheduling else 1
         self._in_flight: deque[_InFlight] = deque()
         self._step_tokens = Buckets(STEP_TOKENS)
-        self._observers: list[Any] = []
-        if plugins is not None:
-            self._observers = plugins.hook.pagedcore_step_finished.get_hookimpls()
+        self._observers = Observers(plugins)
+        self._watches_steps = self._observers.listen_to("pagedcore_step_finished")
+        self._watches_requests = self._observers.listen_to("pagedcore_request_finished")
+        if self._watches_requests:
+            scheduler.keep_ended()
 
     @property
     def has_work(self) -> bool:
@@ -133,6 +104,8 @@ class Engine:
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests in whatever state they are; unknown ones are ignored (CANCEL-2)."""
         self._scheduler.abort(request_ids)
+        if self._watches_requests:
+            self._tell_ended()
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False, changing nothing, while blocks are in use (POOL-7)."""
@@ -157,7 +130,11 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges by name, for metrics."""
-        return self._scheduler.stats() | self._step_tokens.stats()
+        return {
+            **self._scheduler.stats(),
+            **self._step_tokens.stats(),
+            **self._observers.stats(),
+        }
 
     def shutdown(self) -> None:
         """Drop what is in flight and release the device."""
@@ -193,11 +170,13 @@ class Engine:
         else:
             arrived = time.perf_counter()
             output = self._scheduler.finish_step(step.plan, result)
-        if self._observers:
-            self._observe(step, output, arrived - started, time.perf_counter() - arrived)
+        if self._watches_steps:
+            self._tell_step(step, output, arrived - started, time.perf_counter() - arrived)
+        if self._watches_requests:
+            self._tell_ended()
         return output
 
-    def _observe(
+    def _tell_step(
         self, step: _InFlight, output: StepOutput, wait_seconds: float, finish_seconds: float
     ) -> None:
         stats = StepStats(
@@ -211,12 +190,13 @@ class Engine:
             wait_seconds=wait_seconds,
             finish_seconds=finish_seconds,
         )
-        for observer in list(self._observers):
-            try:
-                observer.function(stats)
-            except Exception:
-                logger.exception("observer %s failed and is not called again", observer.plugin_name)
-                self._observers.remove(observer)
+        self._observers.tell("pagedcore_step_finished", stats=stats)
+
+    def _tell_ended(self) -> None:
+        now = time.monotonic()
+        for request, reason in self._scheduler.take_ended():
+            record = record_of(request, reason, now)
+            self._observers.tell("pagedcore_request_finished", record=record)
 
 
 class _FailedStep:

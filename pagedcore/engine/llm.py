@@ -51,7 +51,7 @@ class LLM:
         names = {declared.name for declared in fields(SamplingLimits)}
         self._limits = SamplingLimits(**{k: options.pop(k) for k in names & options.keys()})
         config = EngineConfig.from_options(model=model, **options)
-        plugins = load_plugins(config.execution.disable_plugin)
+        plugins = load_plugins(config.execution.disable_plugin, config.execution.only_plugin)
         find = partial(find_model, sources=collect(plugins, "pagedcore_sources"))
         folder = find(config.model.model, revision=config.model.revision)
         of_text = folder

@@ -45,6 +45,8 @@ class Roster:
         self.num_ended = dict.fromkeys(FinishReason, 0)
         self.preemptions = Buckets(PREEMPTIONS)
         """Sequences that are over, by reason."""
+        self.ended: list[tuple[Request, FinishReason]] | None = None
+        """Who is over since somebody looked; None while nobody does."""
         self._live: dict[int, SequenceState] = {}
         self._parents: dict[SequenceState, None] = {}  # in order of their forks
         self.next_number = 0
@@ -201,6 +203,8 @@ class Roster:
         sequence.status = Status.FINISHED
         self.untold.discard(sequence)
         self.num_ended[reason] += 1
+        if self.ended is not None:
+            self.ended.append((sequence.request, reason))
         self.preemptions.observe(sequence.request.num_preemptions)
         del self._live[sequence.request.id]
         if sequence in self._parents:  # FORK-10

@@ -134,6 +134,18 @@ class Scheduler:
             if sequence is not None:
                 self._roster.end(sequence, FinishReason.ABORT)
 
+    def keep_ended(self) -> None:
+        """From now on, remember who ends, until `take_ended`."""
+        self._roster.ended = []
+
+    def take_ended(self) -> list[tuple[Request, FinishReason]]:
+        """Who is over since the last call, in order; empty without `keep_ended`."""
+        ended = self._roster.ended
+        if not ended:
+            return []
+        self._roster.ended = []
+        return ended
+
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False, changing nothing, while blocks are in use (POOL-7)."""
         return self._cache.reset()

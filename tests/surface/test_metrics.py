@@ -34,6 +34,7 @@ COUNTERS = {
     "fork_requests",
     "cow_block_copies",
     "grammar_cache_hits",
+    "plugin_observers_quarantined",
 }
 HISTOGRAMS = {
     "e2e_request_latency_seconds",

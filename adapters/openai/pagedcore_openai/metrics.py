@@ -49,6 +49,7 @@ COUNTERS = {
     "fork_requests": "Choices that share their prompt with another.",
     "cow_block_copies": "Blocks copied at the first write after a fork.",
     "grammar_cache_hits": "Grammars found compiled.",
+    "plugin_observers_quarantined": "Observers of plugins that failed, and are not called again.",
 }
 ENGINE_HISTOGRAMS = (
     Histogram(STEP_TOKENS, "Tokens that a step runs.", ENGINE_BOUNDS[STEP_TOKENS]),

@@ -229,5 +229,5 @@ def _tokenizer_folder(config: EngineConfig, model_folder: Path) -> Path:
     from pagedcore.plugins import collect, load_plugins
     from pagedcore.sources import find_model
 
-    plugins = load_plugins(config.execution.disable_plugin)
+    plugins = load_plugins(config.execution.disable_plugin, config.execution.only_plugin)
     return find_model(name, collect(plugins, "pagedcore_sources"), holding="tokenizer.json")

@@ -39,6 +39,18 @@ def test_a_plugin_that_is_not_there_cannot_be_disabled():
         load_plugins(["quantisation"])
 
 
+def test_only_the_plugins_that_are_named_are_loaded_and_the_core():
+    names = {name for name, _ in load_plugins(only=["models", "kernels"]).list_name_plugin()}
+    assert names == {"core", "kernels", "models"}
+    names = {name for name, _ in load_plugins(["kernels"], ["models", "kernels"]).list_name_plugin()}
+    assert names == {"core", "models"}
+
+
+def test_a_plugin_that_is_not_there_cannot_be_the_only_one():
+    with pytest.raises(UnknownNameError, match="no plugin is named 'model': did you mean"):
+        load_plugins(only=["model"])
+
+
 def test_what_plugins_offer_is_merged():
     manager = register({"a": quantizers("int8"), "b": quantizers("fp8", "awq")})
     assert set(collect(manager, "pagedcore_quantizers")) == {"int8", "fp8", "awq"}
@@ -48,6 +60,16 @@ def test_two_plugins_may_not_offer_the_same_name():
     manager = register({"ours": quantizers("int8"), "theirs": quantizers("int8")})
     with pytest.raises(PluginError, match=r"quantizer 'int8'.*ours.*theirs.*--disable-plugin"):
         collect(manager, "pagedcore_quantizers")
+
+
+def test_a_collision_names_the_distributions():
+    import pagedcore.builtin
+
+    manager = register(
+        {"core": pagedcore.builtin, "mine": plugin(pagedcore_policies=lambda: {"fcfs": object})}
+    )
+    with pytest.raises(PluginError, match=r"policy 'fcfs': .*core from pagedcore"):
+        collect(manager, "pagedcore_policies")
 
 
 def test_an_unknown_name_suggests_the_nearest_one():

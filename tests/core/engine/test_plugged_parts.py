@@ -49,6 +49,7 @@ class Plugin:
     def __init__(self, folder):
         self._folder = folder
         self.seen = []
+        self.records = []
         self.fails = False
 
     @hookimpl
@@ -65,6 +66,12 @@ class Plugin:
         if self.fails:
             raise RuntimeError("an observer's own fault")
 
+    @hookimpl
+    def pagedcore_request_finished(self, record):
+        self.records.append(record)
+        if self.fails:
+            raise RuntimeError("an observer's own fault")
+
 
 @pytest.fixture
 def plugin(tmp_path):
@@ -73,7 +80,7 @@ def plugin(tmp_path):
     return Plugin(tmp_path)
 
 
-def build(plugin, **options):
+def build(plugin, others=None, **options):
     import pagedcore.builtin
     import pagedcore_models
 
@@ -89,6 +96,7 @@ def build(plugin, **options):
         }
     )
     plugins = {"core": pagedcore.builtin, "models": pagedcore_models, "mine": plugin}
+    plugins |= others or {}
     return build_engine(config, plugins=register(plugins))
 
 
@@ -133,5 +141,43 @@ def test_an_observer_that_raises_is_left_alone_and_breaks_nothing(plugin, caplog
     engine = build(plugin)
     add(engine, 0, 5)
     assert finish(engine) == [0]
-    assert len(plugin.seen) == 1
-    assert "mine" in caplog.text
+    assert len(plugin.seen) == len(plugin.records) == 1
+    assert "pagedcore_step_finished of the plugin 'mine' failed" in caplog.text
+    assert engine.stats()["plugin_observers_quarantined"] == 2
+    add(engine, 1, 5)
+    assert finish(engine) == [1]
+    assert len(plugin.seen) == len(plugin.records) == 1
+
+
+def test_an_observer_sees_every_request_once_with_what_it_cost(plugin):
+    engine = build(plugin, max_num_seqs=2)
+    for request_id, length in enumerate((40, 5, 5)):
+        add(engine, request_id, length, max_tokens=3)
+    engine.step()
+    engine.abort([2, 99])
+    assert [(record.request.id, record.reason) for record in plugin.records] == [(2, "abort")]
+    assert plugin.records[0].queue_seconds is None
+    assert plugin.records[0].num_output_tokens == 0
+    assert finish(engine) == [0, 1]
+    assert [record.request.id for record in plugin.records] == [2, 0, 1]
+    first = plugin.records[1]
+    assert first.reason == "length"
+    assert (first.num_prompt_tokens, first.num_output_tokens) == (40, 3)
+    assert len(first.request.output_token_ids) == 3
+    assert 0 <= first.queue_seconds <= first.total_seconds
+    assert engine.stats()["plugin_observers_quarantined"] == 0
+
+
+def test_an_observer_may_leave_out_what_it_is_told(plugin):
+    class Counter:
+        num_steps = 0
+
+        @hookimpl
+        def pagedcore_step_finished(self):
+            self.num_steps += 1
+
+    counter = Counter()
+    engine = build(plugin, others={"counter": counter})
+    add(engine, 0, 5, max_tokens=4)
+    finish(engine)
+    assert counter.num_steps == 4
