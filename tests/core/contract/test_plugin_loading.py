@@ -42,7 +42,9 @@ def test_a_plugin_that_is_not_there_cannot_be_disabled():
 def test_only_the_plugins_that_are_named_are_loaded_and_the_core():
     names = {name for name, _ in load_plugins(only=["models", "kernels"]).list_name_plugin()}
     assert names == {"core", "kernels", "models"}
-    names = {name for name, _ in load_plugins(["kernels"], ["models", "kernels"]).list_name_plugin()}
+    names = {
+        name for name, _ in load_plugins(["kernels"], ["models", "kernels"]).list_name_plugin()
+    }
     assert names == {"core", "models"}
 
 
