@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 DType = Literal["auto", "float16", "half", "bfloat16", "float32", "float"]
 HashAlgorithm = Literal["sha256", "sha256_cbor", "xxhash", "xxhash_cbor"]
+ModelImpl = Literal["auto", "pagedcore", "transformers"]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
 Usage = Literal["offline", "serve"]
 
@@ -57,6 +58,10 @@ class ModelConfig:
 
     max_model_len: int | None = None
     """Most tokens of prompt and output together; -1 is the largest that fits in the cache."""
+
+    model_impl: ModelImpl = "auto"
+    """Code that runs the model: `pagedcore`'s plugins, or `transformers`' own over our cache, which
+    is slower; `auto` takes the latter for architectures that no plugin has."""
 
     quantization: str | None = None
     """Weight format; by default what the checkpoint says."""

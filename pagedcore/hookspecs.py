@@ -30,11 +30,14 @@ SPEC_VERSION = (1, 0)
 
 
 @hookspec
-def pagedcore_models() -> Mapping[str, Callable[[], type]]:
+def pagedcore_models() -> Mapping[str, Callable[..., type | None]]:
     """Offer model architectures, by the name in `architectures` of a config.json.
 
     Asked once, when an engine starts, before any weight is read. A value is called without
     arguments and returns the class: see `pagedcore.execution.model.Model` for what it must do.
+
+    The name "*" is the last resort, for architectures that nobody offers: its value is called with
+    the config.json, and returns None where it does not know the architecture either.
 
     :returns: such as `{"LlamaForCausalLM": load_llama}`.
     """

@@ -131,7 +131,8 @@ class Executor:
         self._kind: tuple[Int32, DrawKind | None] | None = None
         self._graphs: DecodeGraphs | None = None
         self._extend_graphs: ExtendGraphs | None = None
-        if self.overlaps and ops.supports_graphs and not config.execution.enforce_eager:
+        may_capture = ops.supports_graphs and getattr(model, "supports_graphs", True)
+        if self.overlaps and may_capture and not config.execution.enforce_eager:
             recorder = GraphRecorder(ops, device)
             self._graphs = DecodeGraphs(
                 self._decode,

@@ -7,7 +7,7 @@ Whatever can be known to be wrong is found before a weight is read: the model is
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pagedcore.execution.devices import available_bytes, choose_dtype, find_devi
 from pagedcore.execution.executor import Executor
 from pagedcore.execution.kv_cache import CacheMaker, profile
 from pagedcore.execution.model import ModelBuild
+from pagedcore.execution.model_choice import choose_model
 from pagedcore.execution.ops import LayerCache, Ops
 from pagedcore.execution.quantizer import Quantizer, Unquantized
 from pagedcore.execution.random_weights import RandomCheckpoint
@@ -47,7 +48,7 @@ def build_executor(
         else Checkpoint(folder)
     )
     of_model = checkpoint.config
-    model_class = choose(plugins, "pagedcore_models", _architecture(of_model))()
+    model_class = choose_model(config.model.model_impl, of_model, plugins)
     quantizer = _choose_quantizer(config, of_model, plugins)
     dtype = choose_dtype(config.model.dtype, checkpoint.dtype, device)
     ops = _choose_backend(config, device, dtype, plugins)
@@ -162,13 +163,6 @@ def _check_asked_length(asked: int | None, own: int) -> None:
         raise ConfigError(
             f"max_model_len={asked} is more than the model's own {own}: lower it, or use -1"
         )
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures")
-    if not isinstance(names, Sequence) or not names or not isinstance(names[0], str):
-        raise ModelError("config.json names no architecture: `architectures` is missing or empty")
-    return names[0]
 
 
 def _choose_backend(

@@ -88,7 +88,9 @@ class ModelBuild:
 class Model(Protocol):
     """A decoder. A plugin's class is called with a ModelBuild and nothing else.
 
-    Raises ModelError, naming the field, for a config.json that it cannot run.
+    Raises ModelError, naming the field, for a config.json that it cannot run. A model whose forward
+    pass reads on the host says so with a class attribute `supports_graphs = False`: then no step is
+    captured.
     """
 
     cache_specs: Sequence[CacheSpec | None]

@@ -18,6 +18,7 @@ glm.py             GlmForCausalLM, Glm4ForCausalLM: half of each head turns; nor
 starcoder2.py      Starcoder2ForCausalLM: LayerNorms, biases, a plain MLP
 gpt2.py            GPT2LMHeadModel: learned positions
 opt.py             OPTForCausalLM: learned positions, norms before or behind
+transformers_*.py  all others that transformers has: its modeling code over our cache
 cases.py           each of them at a size that the model kit checks
 plain_decoder.py   the way through the layers of models with LayerNorms
 decoder.py         what they share: the fields of config.json, and the way through the layers
@@ -29,7 +30,7 @@ A family is one file that reads like the diagram of its architecture; the layers
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pagedcore
 
@@ -65,9 +66,10 @@ MODULES = {
 
 
 @pagedcore.hookimpl
-def pagedcore_models() -> Mapping[str, Callable[[], type["Model"]]]:
+def pagedcore_models() -> Mapping[str, Callable[..., type["Model"] | None]]:
     """See `pagedcore.hookspecs`."""
-    return {name: partial(_load, module, name) for name, module in MODULES.items()}
+    known = {name: partial(_load, module, name) for name, module in MODULES.items()}
+    return {**known, "*": _last_resort}
 
 
 @pagedcore.hookimpl
@@ -81,3 +83,9 @@ def pagedcore_model_cases() -> Mapping[str, "ModelCase"]:
 def _load(module: str, name: str) -> type["Model"]:
     loaded: type[Model] = getattr(import_module(f"pagedcore_models.{module}"), name)
     return loaded
+
+
+def _last_resort(config: Mapping[str, Any]) -> type["Model"] | None:
+    from pagedcore_models.transformers_skeleton import knows
+
+    return _load("transformers_model", "TransformersModel") if knows(config) else None

@@ -1,0 +1,129 @@
+"""The last resort: models that nobody wrote for pagedcore run through transformers' modeling code.
+
+    T tokens   S sequences   h hidden size   V vocabulary
+
+A step's tokens are one sequence [1, T] to transformers, with the positions that they really have.
+Only attention looks at other tokens, and that is ours: see `transformers_attention`. A model that
+needs anything else of it, or remembers the past in another way, is refused by name: see
+`transformers_skeleton`. No code of a model's folder is run.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.model import ModelBuild, Weights
+from pagedcore.execution.ops import LayerCache, StepBatch
+from pagedcore_models.transformers_attention import IMPLEMENTATION, PagedLayer, Step
+from pagedcore_models.transformers_skeleton import look_at, make_config, part, refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class TransformersModel:
+    """A `pagedcore.execution.model.Model` around a causal language model of transformers."""
+
+    supports_graphs = False
+    """Modeling code may read on the host, so no step is captured."""
+
+    def __init__(self, build: ModelBuild) -> None:
+        """See `Model`. Raises ModelError, naming architecture and reason, for what cannot run."""
+        name = str(build.config["architectures"][0])
+        if build.quantizer.name != "none":
+            raise refusal(name, "its weights cannot be quantized there")
+        config = make_config(build.config)
+        skeleton = look_at(config, name, build.dtype)
+        self.vocab_size = skeleton.vocab_size
+        self.cache_specs: Sequence[CacheSpec | None] = [
+            call.cache_spec for call in skeleton.calls.values()
+        ]
+        for module in skeleton.calls:  # masks and frequencies that old checkpoints hold
+            for buffer in ("bias", "masked_bias", "rotary_emb."):
+                build.weights.ignore(f"{module}.{buffer}")
+        tensors = _take(build.weights, skeleton.model)
+        model = skeleton.model
+        if build.device.type != "meta":
+            model = _fill(type(model), config, tensors, build)
+            logger.warning(
+                "%s runs through transformers' modeling code: correct, but slower than what is "
+                "written for pagedcore",
+                name,
+            )
+        self._step = Step()
+        for index, (module, call) in enumerate(skeleton.calls.items()):
+            paged: Any = PagedLayer(build.ops, call, index, self._step)
+            model.get_submodule(module).paged = paged
+        self._layers = part(model, skeleton.outputs)
+        self._head: Any = model
+
+    def forward(
+        self, token_ids: Tensor, batch: StepBatch, caches: Sequence[LayerCache | None]
+    ) -> Tensor:
+        """See `Model.forward`."""
+        self._step.batch, self._step.caches = batch, caches
+        positions = batch.positions[None]
+        out = self._layers(input_ids=token_ids[None], position_ids=positions, use_cache=False)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Model.logits`."""
+        scores: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return scores
+
+
+def _take(weights: Weights, model: "PreTrainedModel") -> dict[str, Tensor]:
+    """All tensors of a model, by the names and in the shapes that checkpoints have them in."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = {
+        target
+        for target, source in model.all_tied_weights_keys.items()
+        if weights.has(source) or not weights.has(target)
+    }
+    wanted = {name: t for name, t in model.state_dict().items() if name not in tied}
+    stored: Mapping[str, Tensor] = revert_weight_conversion(model, wanted)
+    taken = {name: weights.take(name, tensor.shape) for name, tensor in stored.items()}
+    for name in tied:  # a tied head may be there nevertheless
+        if weights.has(name):
+            taken[name] = weights.take(name, model.state_dict()[name].shape)
+    return taken
+
+
+def _fill(
+    kind: type["PreTrainedModel"],
+    config: "PreTrainedConfig",
+    tensors: Mapping[str, Tensor],
+    build: ModelBuild,
+) -> "PreTrainedModel":
+    """The model with its weights, on its device."""
+    with _without_progress():
+        model: PreTrainedModel = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            attn_implementation=IMPLEMENTATION,
+            dtype=build.dtype,
+        )
+    return model.to(build.device)
+
+
+@contextlib.contextmanager
+def _without_progress() -> Iterator[None]:
+    """No bars of transformers meanwhile."""
+    from transformers.utils import logging as transformers_logging
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            transformers_logging.enable_progress_bar()
