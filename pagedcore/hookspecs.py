@@ -19,6 +19,7 @@ from pagedcore.errors import PluginError
 if TYPE_CHECKING:
     from pagedcore.config import EngineConfig
     from pagedcore.engine.observers import RequestRecord, StepStats
+    from pagedcore.execution.logits_processors import Factory
     from pagedcore.execution.ops import Ops
     from pagedcore.execution.quantizer import Quantizer
     from pagedcore.scheduling.policies import Policy
@@ -73,6 +74,20 @@ def pagedcore_backends() -> Mapping[str, Callable[[str], "Ops"]]:
     raises ConfigError, saying why, where it cannot run. See `pagedcore.execution.ops.Ops`.
 
     :returns: such as `{"torch": TorchOps}`.
+    """
+
+
+@hookspec
+def pagedcore_logits_processors() -> Mapping[str, "Factory"]:
+    """Offer changes of the logits, by the names that requests give in `logits_processors`.
+
+    Asked once, when an engine starts. A factory is called with the size of the vocabulary and the
+    device, when the first request names it. A processor changes the logits of all sequences that
+    ask for it at once, in each of their draws, after bad words, min_tokens and logit_bias and
+    before penalties; it costs nothing to others. See
+    `pagedcore.execution.logits_processors.LogitsProcessor`.
+
+    :returns: such as `{"no-repeat": NoRepeat}`.
     """
 
 

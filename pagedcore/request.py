@@ -133,6 +133,9 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     """Words whose last token is masked once the earlier ones were produced."""
 
+    logits_processors: Mapping[str, Any] | None = None
+    """Plugins' changes of the logits: the name of each, and what it is told."""
+
     stop: Sequence[str] = ()
     """Strings that end the output."""
 
@@ -289,6 +292,14 @@ def _check_words(params: SamplingParams) -> None:
         for token in getattr(params, name) or ():
             if isinstance(token, bool) or not isinstance(token, int):
                 raise RequestError(f"{name} must hold integers, not {_show(token)}", name)
+    named = params.logits_processors
+    if named is not None and not (
+        isinstance(named, Mapping) and all(isinstance(name, str) for name in named)
+    ):
+        raise RequestError(
+            f"logits_processors must map names to arguments, not {_show(named)}",
+            "logits_processors",
+        )
     if params.logit_bias is not None:
         object.__setattr__(params, "logit_bias", _clamped_bias(params.logit_bias))
 

@@ -78,4 +78,5 @@ def build_engine(
         info,
         async_scheduling=config.scheduler.async_scheduling and executor.overlaps,
         plugins=plugins,
+        logits_processors=executor.logits_processors,
     )

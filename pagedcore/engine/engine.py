@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pluggy
 
@@ -21,6 +21,9 @@ from pagedcore.metrics import STEP_TOKENS, Buckets
 from pagedcore.request import Request
 from pagedcore.scheduling.scheduler import Scheduler
 from pagedcore.step import StepOutput, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from pagedcore.execution.logits_processors import LogitsProcessors
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class Engine:
         *,
         async_scheduling: bool = True,
         plugins: pluggy.PluginManager | None = None,
+        logits_processors: "LogitsProcessors | None" = None,
     ) -> None:
         self.info = info
         self._scheduler = scheduler
@@ -78,6 +82,7 @@ class Engine:
         self._depth = 2 if async_scheduling else 1
         self._in_flight: deque[_InFlight] = deque()
         self._step_tokens = Buckets(STEP_TOKENS)
+        self._logits_processors = logits_processors
         self._observers = Observers(plugins)
         self._watches_steps = self._observers.listen_to("pagedcore_step_finished")
         self._watches_requests = self._observers.listen_to("pagedcore_request_finished")
@@ -95,10 +100,12 @@ class Engine:
         All are taken or none. Raises RequestError for a prompt that can never fit and
         OverloadedError when the queue is full.
         """
+        self._check([request, *forks])
         self._scheduler.add(request, forks)
 
     def fork(self, request_id: int, children: Sequence[Request]) -> None:
         """Let `children` go on from what a live request has now (semantics FORK-1)."""
+        self._check(children)
         self._scheduler.fork(request_id, children)
 
     def abort(self, request_ids: Iterable[int]) -> None:
@@ -140,6 +147,11 @@ class Engine:
         """Drop what is in flight and release the device."""
         self._in_flight.clear()
         self._executor.shutdown()
+
+    def _check(self, requests: Iterable[Request]) -> None:
+        if self._logits_processors is not None:
+            for request in requests:
+                self._logits_processors.check(request.params)
 
     def _launch_next(self) -> bool:
         if self._in_flight and isinstance(self._in_flight[-1].pending, _FailedStep):

@@ -20,6 +20,7 @@ from pagedcore.execution.extend_graphs import ExtendGraphs
 from pagedcore.execution.graphs import DecodeGraphs, DrawKind, GraphRecorder
 from pagedcore.execution.logits import upload
 from pagedcore.execution.logprobs import PendingLogprobs
+from pagedcore.execution.logits_processors import Factory, LogitsProcessors
 from pagedcore.execution.model import Model
 from pagedcore.execution.ops import LayerCache, Ops, StepBatch
 from pagedcore.execution.sampler import Drawn, Sampler
@@ -90,6 +91,7 @@ class Executor:
         groups: tuple[CacheGroup, ...],
         num_blocks: int,
         startup_seconds: Mapping[str, float],
+        logits_processors: Mapping[str, Factory] | None = None,
     ) -> None:
         """`config` is resolved; `caches` has one entry per layer, of `num_blocks` blocks."""
         block_size, max_num_seqs = config.cache.block_size, config.scheduler.max_num_seqs
@@ -120,12 +122,17 @@ class Executor:
             max_blocks=-(-(max_model_len + 1) // block_size),
             device=device,
         )
+        self.logits_processors = LogitsProcessors(
+            logits_processors or {}, vocab_size=model.vocab_size, device=device
+        )
+        """What requests may ask for."""
         self._sampler = Sampler(
             ops,
             num_rows=max_num_seqs + 1,
             vocab_size=model.vocab_size,
             device=device,
             logprobs_mode=config.execution.logprobs_mode,
+            processors=self.logits_processors,
         )
         self._prompts: dict[int, Int32] = {}
         self._kind: tuple[Int32, DrawKind | None] | None = None

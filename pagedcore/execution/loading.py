@@ -111,6 +111,7 @@ def build_executor(
         device=device,
         dtype=dtype,
         caches=_allocate(make, num_blocks),
+        logits_processors=collect(plugins, "pagedcore_logits_processors"),
         groups=groups,
         num_blocks=num_blocks,
         startup_seconds={"weights": loaded - started, "profile": time.perf_counter() - loaded},

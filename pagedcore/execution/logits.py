@@ -4,19 +4,22 @@
     P sequences that ask for an edit          N single edits of them all
 
 The order is that of semantics SAMPLE-5: allowed ids and bad words, min-tokens mask and logit bias,
-penalties. What a request asks for becomes arrays when it is admitted; they are joined to device
-tensors when the draw's rows change, and not in each step. Earlier tokens are read from the token
-table on the device alone, since with overlapped steps the host does not know the last of them.
+what plugins change, penalties. What a request asks for becomes arrays when it is admitted; they are
+joined to device tensors when the draw's rows change, and not in each step. Earlier tokens are read
+from the token table on the device alone, since with overlapped steps the host does not know the
+last of them.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pagedcore.execution.logits_processors import LogitsProcessors, ProcessorEdit
 from pagedcore.request import Request
 from pagedcore.step import Int32, Int64
 
@@ -47,6 +50,9 @@ class RowEdits:
     bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits, by token id."""
 
+    processors: dict[str, Any] = field(default_factory=dict)
+    """What each processor of a plugin is told, by its name."""
+
     penalties: tuple[float, float, float] | None = None
     """Repetition, frequency, presence."""
 
@@ -58,6 +64,7 @@ def row_edits(request: Request) -> RowEdits | None:
         num_prompt_tokens=len(request.prompt_token_ids),
         bad_words=[word for word in request.bad_words_token_ids if word],
         bias=dict(params.logit_bias or {}),
+        processors=dict(params.logits_processors or {}),
     )
     if params.allowed_token_ids is not None:
         edits.allowed = np.unique(np.asarray(params.allowed_token_ids, np.int64))
@@ -69,19 +76,27 @@ def row_edits(request: Request) -> RowEdits | None:
     penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
     if penalties != (1.0, 0.0, 0.0):
         edits.penalties = penalties
-    asked = edits.bad_words or edits.bias or edits.penalties or edits.min_tokens
+    asked = edits.bad_words or edits.bias or edits.penalties or edits.min_tokens or edits.processors
     return edits if asked or edits.allowed is not None else None
 
 
 class LogitEdits:
     """The edits of all rows, and those of the draw at hand as device tensors."""
 
-    def __init__(self, *, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        processors: LogitsProcessors | None = None,
+    ) -> None:
+        """`processors` are those that rows may ask for."""
+        self._processors = processors
         self._vocab_size = vocab_size
         self._device = device
         self._by_row: dict[int, RowEdits] = {}
         self._rows: Int32 = np.empty(0, np.int32)
-        self._batch: list[_Edit] | None = None
+        self._batch: list[_Edit | ProcessorEdit] | None = None
 
     def set_row(self, row: int, edits: RowEdits | None) -> None:
         """Replace what `row` asks for."""
@@ -102,7 +117,7 @@ class LogitEdits:
         for edit in self._batch:
             edit.apply(logits, history)
 
-    def _join(self, rows: Int32) -> "list[_Edit]":
+    def _join(self, rows: Int32) -> "list[_Edit | ProcessorEdit]":
         asked = [
             (i, self._by_row[row]) for i, row in enumerate(rows.tolist()) if row in self._by_row
         ]
@@ -111,6 +126,7 @@ class LogitEdits:
             _bad_words(asked, self._device),
             _min_tokens(asked, self._device),
             _bias(asked, self._device),
+            *_processors(asked, self._processors, self._device),
             _penalties(asked, self._device),
         )
         return [edit for edit in joined if edit is not None]
@@ -250,6 +266,25 @@ def _bias(asked: _Asked, device: torch.device) -> _Bias | None:
         return None
     index, token = _upload(np.array([item[:2] for item in flat], np.int64).T, device)
     return _Bias(index, token, _upload(np.array([item[2] for item in flat], np.float32), device))
+
+
+def _processors(
+    asked: _Asked, processors: LogitsProcessors | None, device: torch.device
+) -> list[ProcessorEdit]:
+    joined: list[ProcessorEdit] = []
+    for name in sorted({name for _, edits in asked for name in edits.processors}):
+        assert processors is not None, "requests are checked when they arrive"
+        ours = [(i, edits) for i, edits in asked if name in edits.processors]
+        joined.append(
+            ProcessorEdit(
+                name=name,
+                processor=processors.get(name),
+                arguments=[edits.processors[name] for _, edits in ours],
+                index=_upload([i for i, _ in ours], device),
+                num_prompt=_upload([edits.num_prompt_tokens for _, edits in ours], device),
+            )
+        )
+    return joined
 
 
 @dataclass(slots=True)

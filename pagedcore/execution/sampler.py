@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pagedcore.config import LogprobsMode
 from pagedcore.execution.logits import History, LogitEdits, row_edits, upload
+from pagedcore.execution.logits_processors import LogitsProcessors
 from pagedcore.execution.logprobs import PendingLogprobs, download, pack, unpack
 from pagedcore.execution.ops import Ops, SamplingTensors
 from pagedcore.execution.torch_sampling import filter_scores, uniform
@@ -78,13 +79,14 @@ class Sampler:
         vocab_size: int,
         device: torch.device,
         logprobs_mode: LogprobsMode,
+        processors: LogitsProcessors | None = None,
     ) -> None:
         self._ops = ops
         self._vocab_size = vocab_size
         self._device = device
         self._is_raw = logprobs_mode.startswith("raw")
         self._is_normalised = logprobs_mode.endswith("logprobs")
-        self._edits = LogitEdits(vocab_size=vocab_size, device=device)
+        self._edits = LogitEdits(vocab_size=vocab_size, device=device, processors=processors)
         # [5, R] temperature, min_p and top_p as bits of a float64; top_k; seed
         self._state = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
         self._zeros = torch.zeros(num_rows, device=device)

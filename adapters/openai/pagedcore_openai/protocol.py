@@ -111,6 +111,7 @@ class GenerationRequest(Fields):
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[str, float] | None = None
+    logits_processors: dict[str, Any] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     stop: str | list[str] | None = None
