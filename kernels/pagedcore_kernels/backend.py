@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import ConfigError
+from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kernel_bench import KernelBench
 from pagedcore.execution.ops import (
     LayerCache,
@@ -25,8 +26,15 @@ from pagedcore.execution.ops import (
     SamplingTensors,
     StepBatch,
 )
-from pagedcore_kernels import activation, block_copy, decode_rows, norms, rope_cache
-from pagedcore_kernels import moe as experts
+from pagedcore_kernels import (
+    activation,
+    block_copy,
+    decode_rows,
+    expert_routing,
+    norms,
+    rope_cache,
+)
+from pagedcore_kernels import moe as mixtures
 from pagedcore_kernels import sampling as draws
 from pagedcore_kernels.decode_attention import DecodeConfig, choose_decode, decode_attention
 from pagedcore_kernels.dependent import can_depend
@@ -157,6 +165,7 @@ class TritonOps(LinearOps):
         cache: LayerCache,
         batch: StepBatch,
         soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
         num_tokens, num_single = len(qkv), batch.num_single
@@ -178,6 +187,7 @@ class TritonOps(LinearOps):
                 out[:num_single],
                 window=spec.window,
                 soft_cap=soft_cap,
+                sinks=sinks,
                 config=decode,
             )
         if num_single < len(batch.rows):
@@ -212,23 +222,22 @@ class TritonOps(LinearOps):
                 ),
                 window=spec.window,
                 soft_cap=soft_cap,
+                sinks=sinks,
                 config=extend,
             )
         return out
 
     @with_fallback
-    def moe(
-        self,
-        x: Tensor,
-        router_logits: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        num_chosen: int,
-        *,
-        normalize: bool,
-    ) -> Tensor:
+    def route(
+        self, router_logits: Tensor, routing: Routing, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.route`."""
+        return expert_routing.route(router_logits, routing, bias)
+
+    @with_fallback
+    def moe(self, x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
         """See `Ops.moe`."""
-        return experts.moe(x, router_logits, gate_up, down, num_chosen, normalize=normalize)
+        return mixtures.moe(x, weights, chosen, experts)
 
     @with_fallback
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:

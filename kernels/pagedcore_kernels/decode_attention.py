@@ -6,6 +6,7 @@
     query                    [S, (H + 2K) * D]  the first H * D columns; S may have any stride
     key_cache, value_cache   [N, K, B, D]       contiguous; the query's dtype or float8_e4m3fn
     work                     WorkList           which tiles there are, and where; see `work_list`
+    sinks                    [H] float32        a score of each head that has no value; or none
     out                      [S, H * D]         contiguous, same dtype as query
 
 The keys of one head in one block lie together: a tile of TILE positions is one run of TILE * D
@@ -76,9 +77,16 @@ def choose_decode(
 
 
 @triton.jit
-def _merge(
+def sink_weight(sinks, peak, head, exists):
+    """What a score without a value adds to the sum of weights at the scale 2 ** -peak."""
+    return tl.exp2(tl.load(sinks + head, exists, -float("inf")) * 1.4426950408889634 - peak)
+
+
+@triton.jit
+def merge_pieces(
     pieces,
     stats,
+    sinks,
     out,
     first,
     last,
@@ -88,6 +96,7 @@ def _merge(
     D: tl.constexpr,
     G_PAD: tl.constexpr,
     D_PAD: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """Write the attention of one sequence and kv head, from its pieces in programs first..last."""
     group = tl.arange(0, G_PAD)
@@ -110,15 +119,18 @@ def _merge(
         total = total * old_factor[:, None] + piece * new_factor[:, None]
         weight = weight * old_factor + piece_weight * new_factor
         peak = new_peak
+    if HAS_SINKS:
+        weight += sink_weight(sinks + kv_head * G, peak, group, group < G)
     weight = tl.where(group < G, weight, 1.0)
     tl.store(out + group[:, None] * D + column[None, :], total / weight[:, None], inside)
 
 
 @triton.jit
-def _announce(
+def announce_piece(
     sequence,
     pieces,
     stats,
+    sinks,
     out,
     tile_start,
     arrivals,
@@ -129,6 +141,7 @@ def _announce(
     D: tl.constexpr,
     G_PAD: tl.constexpr,
     D_PAD: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """Count this program's piece of a split sequence; the last to arrive merges all of them."""
     first = tl.load(tile_start + sequence) // share
@@ -137,7 +150,8 @@ def _announce(
     if tl.atomic_add(counter, 1, sem="acq_rel") == last - first:
         tl.store(counter, 0)  # for the next layer
         target = out + (sequence.to(tl.int64) * NUM_KV_HEADS + kv_head) * G * D
-        _merge(pieces, stats, target, first, last, kv_head, NUM_KV_HEADS, G, D, G_PAD, D_PAD)
+        merge_pieces(pieces, stats, sinks, target, first, last, kv_head,
+                     NUM_KV_HEADS, G, D, G_PAD, D_PAD, HAS_SINKS)  # fmt: skip
 
 
 @triton.jit
@@ -145,6 +159,7 @@ def _decode_kernel(
     query,
     key_cache,
     value_cache,
+    sinks,
     out,
     pieces,
     stats,
@@ -161,6 +176,7 @@ def _decode_kernel(
     B: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     TILE: tl.constexpr,
     G_PAD: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -237,16 +253,18 @@ def _decode_kernel(
                 tl.store(stats + piece * 2 + 1, weight, group < G)
                 tl.store(pieces + piece[:, None] * D + column[None, :], total, inside)
             else:
+                if HAS_SINKS:
+                    weight += sink_weight(sinks + kv_head * G, peak, group, group < G)
                 target = out + sequence.to(tl.int64) * (NUM_KV_HEADS * G * D)
                 tl.store(target + in_head, total / weight[:, None], inside)
 
     tl.debug_barrier()  # all warps have stored their part before one thread announces it
     if is_open | (is_cut & (first == last)):
-        _announce(first, pieces, stats, out, tile_start, arrivals, share, kv_head,
-                  NUM_KV_HEADS, G, D, G_PAD, D_PAD)  # fmt: skip
+        announce_piece(first, pieces, stats, sinks, out, tile_start, arrivals, share, kv_head,
+                       NUM_KV_HEADS, G, D, G_PAD, D_PAD, HAS_SINKS)  # fmt: skip
     if is_cut & (first != last):
-        _announce(last, pieces, stats, out, tile_start, arrivals, share, kv_head,
-                  NUM_KV_HEADS, G, D, G_PAD, D_PAD)  # fmt: skip
+        announce_piece(last, pieces, stats, sinks, out, tile_start, arrivals, share, kv_head,
+                       NUM_KV_HEADS, G, D, G_PAD, D_PAD, HAS_SINKS)  # fmt: skip
 
 
 def decode_attention(
@@ -260,6 +278,7 @@ def decode_attention(
     *,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     config: DecodeConfig,
 ) -> None:
     """Write the attention of S single tokens into out [S, H * D]; `work` is of the same step."""
@@ -268,6 +287,7 @@ def decode_attention(
     assert group * num_kv_heads == num_heads
     assert query.stride(1) == 1 and out.is_contiguous()
     assert key_cache.is_contiguous() and value_cache.is_contiguous()
+    assert sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
     pieces = torch.empty(
         work.programs * 2 * num_heads * (head_dim + 2), dtype=torch.float32, device=query.device
     )
@@ -275,6 +295,7 @@ def decode_attention(
         query,
         key_cache,
         value_cache,
+        pieces if sinks is None else sinks,
         out,
         pieces,
         pieces[work.programs * 2 * num_heads * head_dim :],
@@ -291,6 +312,7 @@ def decode_attention(
         B=block_size,
         HAS_WINDOW=window is not None,
         HAS_SOFT_CAP=soft_cap is not None,
+        HAS_SINKS=sinks is not None,
         TILE=config.tile,
         G_PAD=max(MIN_ROWS, triton.next_power_of_2(group)),
         D_PAD=triton.next_power_of_2(head_dim),

@@ -11,6 +11,7 @@
     query_start              [S + 1] int32      first token of each sequence
     context_len              [S] int32          positions with the step's own
     tiles                    [P, 2] int32       sequence and index of each program's tokens
+    sinks                    [H] float32        a score of each head that has no value; or none
     out                      [T, H * D]         contiguous, same dtype as query
 
 A program answers TOKENS = QUERIES // G tokens of one sequence for all G heads that share a kv head:
@@ -40,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pagedcore_kernels.decode_attention import sink_weight
 from pagedcore_kernels.extend_merge import merge_parts
 from pagedcore_kernels.extend_plan import MIN_PART, ExtendConfig
 
@@ -193,6 +195,7 @@ def _extend_kernel(
     query,
     key_cache,
     value_cache,
+    sinks,
     out,
     pieces,
     stats,
@@ -212,6 +215,7 @@ def _extend_kernel(
     B: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -297,6 +301,8 @@ def _extend_kernel(
         if begin < stop:
             tl.store(pieces + target.to(tl.int64)[:, None] * D + column[None, :], total, inside)
     else:
+        if HAS_SINKS:
+            weight += sink_weight(sinks, peak, head, exists)
         total = total / tl.where(weight > 0, weight, 1.0)[:, None]
         tl.store(out + target.to(tl.int64)[:, None] * D + column[None, :], total, inside)
 
@@ -318,6 +324,7 @@ def extend_attention(
     parts: int = 1,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     config: ExtendConfig,
 ) -> None:
     """Write the attention of the sequences' tokens, from `first_token` on, into out [T, H * D].
@@ -331,6 +338,7 @@ def extend_attention(
     assert query.stride(1) == 1 and out.is_contiguous() and block_table.stride(1) == 1
     assert key_cache.is_contiguous() and value_cache.is_contiguous()
     assert rows.is_contiguous() and context_len.is_contiguous() and query_start.is_contiguous()
+    assert sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
     head_dim_pad = triton.next_power_of_2(head_dim)
     descriptors = config.descriptors and config.keys <= block_size
     keys, values = key_cache, value_cache
@@ -351,6 +359,7 @@ def extend_attention(
         query,
         keys,
         values,
+        out if sinks is None else sinks,
         out,
         pieces,
         stats,
@@ -370,6 +379,7 @@ def extend_attention(
         B=block_size,
         WINDOW=window or 0,
         HAS_SOFT_CAP=soft_cap is not None,
+        HAS_SINKS=sinks is not None,
         QUERIES=config.queries,
         KEYS=config.keys,
         D_PAD=head_dim_pad,
@@ -384,4 +394,5 @@ def extend_attention(
         **options,
     )
     if parts > 1:
-        merge_parts(pieces, stats, out.view(num_tokens, num_heads, head_dim), first_token)
+        heads = out.view(num_tokens, num_heads, head_dim)
+        merge_parts(pieces, stats, heads, first_token, sinks)

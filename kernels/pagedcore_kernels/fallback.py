@@ -119,6 +119,7 @@ class PlainOps(TorchOps):
         cache: LayerCache,
         batch: StepBatch,
         soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
         spec = cache.spec
@@ -138,7 +139,9 @@ class PlainOps(TorchOps):
             if spec.window is not None:
                 visible &= behind < spec.window
             values = values.masked_fill(~visible.any(0)[:, None], 0)  # zero times NaN is NaN
-            out[:, tokens] = _attend(heads[:, tokens], keys, values, visible, scale, soft_cap)
+            out[:, tokens] = _attend(
+                heads[:, tokens], keys, values, visible, scale, soft_cap, sinks
+            )
         return out.transpose(0, 1).flatten(1)
 
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
@@ -155,6 +158,7 @@ def _attend(
     visible: Tensor,
     scale: float,
     soft_cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Queries [H, Q, D] over keys and values [K, L, D] where visible [Q, L]: [H, Q, D]."""
     num_heads, num_tokens, head_dim = queries.shape
@@ -162,6 +166,10 @@ def _attend(
     scores = torch.einsum("kgqd,kld->kgql", grouped, keys).float() * scale
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        more = sinks.view(len(keys), -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, more], -1)
+    weights = scores.softmax(-1)[..., : visible.shape[1]]
     mixed = torch.einsum("kgql,kld->kgqd", weights.to(values.dtype), values)
     return mixed.reshape(num_heads, num_tokens, head_dim)

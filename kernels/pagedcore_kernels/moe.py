@@ -1,19 +1,21 @@
-"""A mixture of experts: route, order by expert, two grouped products, combine. On the device alone.
+"""A mixture of experts: order by expert, two grouped products, combine. On the device alone.
 
     T tokens     h hidden size     E experts     C experts chosen per token     F expert width
 
     x                [T, h]         row-contiguous
-    router_logits    [T, E]         row-contiguous, any float type
+    weights          [T, C]         float32, contiguous
+    chosen           [T, C]         int32, contiguous: experts; see `expert_routing`
     gate_up          [E, 2F, h]     contiguous; the gate's rows first
     down             [E, h, F]      contiguous
+    biases           [E, 2F] and [E, h], contiguous, or none
     out              [T, h]         x's dtype
 
 An *assignment* is one token at one of its experts: A = T * C of them, number t * C + c. Kernels:
 
-    route      (T,)          softmax over E in float32, the C largest, their weights
     order      (E,)          assignments sorted by expert: each program finds its expert's own
     gate_up    tiles * F/BN  act[a] = silu(x[t] gate') * (x[t] up'), float32 accumulation
     down       tiles * h/BN  part[a] = weight[a] * (act[a] down')
+                             (biases are added to the products; `Clamp` is another activation)
     combine    (T, h/BN)     out[t] = sum of part[t * C ...], in order, in float32
 
 A tile is BM assignments of one expert. The number of tiles is known to the device only; the grid
@@ -30,36 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _route(
-    logits,
-    experts,
-    weights,
-    num_experts,
-    scale,
-    CHOSEN: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    t = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
-    row = tl.load(logits + t * num_experts + e, e < num_experts, -float("inf")).to(tl.float32)
-    p = tl.exp(row - tl.max(row))
-    p = tl.where(e < num_experts, p / tl.sum(p), -1.0)
-    c = tl.arange(0, BLOCK_C)
-    ids = tl.zeros([BLOCK_C], tl.int32)
-    probs = tl.zeros([BLOCK_C], tl.float32)
-    for i in tl.static_range(CHOSEN):
-        best = tl.argmax(p, 0)
-        ids = tl.where(c == i, best, ids)
-        probs = tl.where(c == i, tl.max(p, 0), probs)
-        p = tl.where(e == best, -1.0, p)
-    if NORMALIZE:
-        probs = probs / tl.sum(probs)
-    tl.store(experts + t * CHOSEN + c, ids, c < CHOSEN)
-    tl.store(weights + t * CHOSEN + c, probs * scale, c < CHOSEN)
+from pagedcore.execution.expert_ops import Experts
 
 
 @triton.jit
@@ -102,6 +75,7 @@ def _find_tile(tile, starts, counts, num_experts, BM: tl.constexpr, BLOCK_E: tl.
 def _gate_up(
     x,
     weight,
+    bias,
     order,
     starts,
     counts,
@@ -109,6 +83,10 @@ def _gate_up(
     num_experts,
     H,
     F,
+    alpha,
+    limit,
+    HAS_BIAS: tl.constexpr,
+    HAS_CLAMP: tl.constexpr,
     CHOSEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -136,7 +114,16 @@ def _gate_up(
             u = tl.load(gate + F * H + base, cols, 0.0)
             sum_gate = tl.dot(rows, g, sum_gate, input_precision=PRECISION)
             sum_up = tl.dot(rows, u, sum_up, input_precision=PRECISION)
-        result = sum_gate / (1 + tl.exp(-sum_gate)) * sum_up
+        if HAS_BIAS:
+            own = bias + expert.to(tl.int64) * 2 * F + n
+            sum_gate += tl.load(own, n < F, 0.0)[None, :]
+            sum_up += tl.load(own + F, n < F, 0.0)[None, :]
+        if HAS_CLAMP:
+            sum_gate = tl.minimum(sum_gate, limit)
+            sum_up = tl.clamp(sum_up, -limit, limit)
+            result = sum_gate / (1 + tl.exp(-alpha * sum_gate)) * (sum_up + 1)
+        else:
+            result = sum_gate / (1 + tl.exp(-sum_gate)) * sum_up
         tl.store(act + a[:, None] * F + n[None, :], result, (m < left)[:, None] & (n < F)[None, :])
 
 
@@ -144,6 +131,7 @@ def _gate_up(
 def _down(
     act,
     weight,
+    bias,
     order,
     starts,
     counts,
@@ -152,6 +140,7 @@ def _down(
     num_experts,
     H,
     F,
+    HAS_BIAS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -174,6 +163,8 @@ def _down(
             rows = tl.load(inputs + base, (m < left)[:, None] & inside[None, :], 0.0)
             w = tl.load(columns + base, (n < H)[None, :] & inside[:, None], 0.0)
             total = tl.dot(rows, w, total, input_precision=PRECISION)
+        if HAS_BIAS:
+            total += tl.load(bias + expert.to(tl.int64) * H + n, n < H, 0.0)[None, :]
         total *= tl.load(scales + a, m < left, 0.0)[:, None]
         tl.store(part + a[:, None] * H + n[None, :], total, (m < left)[:, None] & (n < H)[None, :])
 
@@ -200,51 +191,30 @@ def _tiling(num_assignments: int, num_experts: int) -> tuple[int, int, int, int,
     return 128, 128, 64, 8, 3
 
 
-def moe(
-    x: Tensor,
-    router_logits: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    num_chosen: int,
-    *,
-    normalize: bool,
-    scale: float = 1.0,
-) -> Tensor:
-    """Mix `num_chosen` experts per token; see the head of this file for the shapes."""
-    num_tokens, h = x.shape
-    num_experts, f = down.shape[0], down.shape[2]
+def moe(x: Tensor, weights: Tensor, chosen: Tensor, mixture: Experts) -> Tensor:
+    """Mix the chosen experts of each token; see the head of this file for the shapes."""
+    (num_tokens, h), num_chosen = x.shape, chosen.shape[1]
+    num_experts, f = mixture.down.shape[0], mixture.down.shape[2]
     device = x.device
     total = num_tokens * num_chosen
-    experts = torch.empty(total, dtype=torch.int32, device=device)
-    weights = torch.empty(total, dtype=torch.float32, device=device)
+    assert chosen.dtype == torch.int32 and chosen.is_contiguous() and weights.is_contiguous()
     order = torch.empty(total, dtype=torch.int32, device=device)
     starts = torch.empty(num_experts, dtype=torch.int32, device=device)
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     act = torch.empty(total, f, dtype=x.dtype, device=device)
     part = torch.empty(total, h, dtype=x.dtype, device=device)
     out = torch.empty_like(x)
-    block_e = triton.next_power_of_2(num_experts)
-    _route[(num_tokens,)](
-        router_logits,
-        experts,
-        weights,
-        num_experts,
-        scale,
-        CHOSEN=num_chosen,
-        NORMALIZE=normalize,
-        BLOCK_E=block_e,
-        BLOCK_C=triton.next_power_of_2(num_chosen),
-        num_warps=1,
-    )
     block = min(4096, max(128, triton.next_power_of_2(total)))
-    _order[(num_experts,)](experts, order, starts, counts, total, BLOCK=block, num_warps=4)
+    _order[(num_experts,)](chosen, order, starts, counts, total, BLOCK=block, num_warps=4)
     bm, bn, bk, warps, stages = _tiling(total, num_experts)
     tiles = total // bm + min(num_experts, total)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    block_e = triton.next_power_of_2(num_experts)
     shared = dict(BM=bm, BN=bn, BK=bk, BLOCK_E=block_e, PRECISION=precision)
     _gate_up[(tiles * triton.cdiv(f, bn),)](
         x,
-        gate_up,
+        mixture.gate_up,
+        x if mixture.gate_up_bias is None else mixture.gate_up_bias,
         order,
         starts,
         counts,
@@ -252,6 +222,10 @@ def moe(
         num_experts,
         h,
         f,
+        1.0 if mixture.clamp is None else mixture.clamp.alpha,
+        0.0 if mixture.clamp is None else mixture.clamp.limit,
+        HAS_BIAS=mixture.gate_up_bias is not None,
+        HAS_CLAMP=mixture.clamp is not None,
         CHOSEN=num_chosen,
         **shared,
         num_warps=warps,
@@ -259,7 +233,8 @@ def moe(
     )
     _down[(tiles * triton.cdiv(h, bn),)](
         act,
-        down,
+        mixture.down,
+        x if mixture.down_bias is None else mixture.down_bias,
         order,
         starts,
         counts,
@@ -268,6 +243,7 @@ def moe(
         num_experts,
         h,
         f,
+        HAS_BIAS=mixture.down_bias is not None,
         **shared,
         num_warps=warps,
         num_stages=stages,

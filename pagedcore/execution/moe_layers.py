@@ -8,6 +8,7 @@ As in `layers.py`, a layer takes its weights when it is made, and reads nothing 
 import torch
 from torch import Tensor
 
+from pagedcore.execution.expert_ops import Routing
 from pagedcore.execution.layers import GatedMLP
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.quantized import Activations
@@ -29,8 +30,7 @@ class SparseMoE:
     ) -> None:
         """`normalize` makes the weights of the chosen experts sum to 1."""
         self._ops = build.ops
-        self._num_chosen = num_chosen
-        self._normalize = normalize
+        self._routing = Routing(num_chosen=num_chosen, normalize=normalize)
         router = build.weights.take(f"{prefix}.gate.weight", (num_experts, h))
         self._router = router if router.is_meta else build.ops.pack_linear(router)
         self._experts = build.quantizer.experts(
@@ -44,8 +44,8 @@ class SparseMoE:
     def __call__(self, x: Activations) -> Tensor:
         """x [T, h] to [T, h]."""
         assert isinstance(x, Tensor), "nobody asked for 8 bits"
-        scores = self._ops.linear(x, self._router)
-        return self._experts.apply(x, scores, self._num_chosen, self._normalize)
+        weights, chosen = self._ops.route(self._ops.linear(x, self._router), self._routing)
+        return self._experts.apply(x, weights, chosen)
 
 
 class GatedSharedExpert:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.expert_ops import ExpertOps
 from pagedcore.execution.quantized import QuantizedOps
 
 
@@ -58,6 +59,9 @@ class StepBatch:
 
     shared: dict[Any, Any] | None = None
     """What a backend derives once for all layers of a step; see `Ops.begin_step`."""
+
+    token_types: Tensor | None = None
+    """[T] int64. 1 for tokens of the second of two texts, else 0; None is all 0."""
 
 
 @dataclass(slots=True)
@@ -121,7 +125,7 @@ class SamplingTensors:
     """Known on the host: some row uses min_p, top_k or top_p."""
 
 
-class Ops(QuantizedOps, Protocol):
+class Ops(QuantizedOps, ExpertOps, Protocol):
     """One backend. A factory in the `pagedcore_backends` hook makes it, for one device."""
 
     name: str
@@ -244,31 +248,15 @@ class Ops(QuantizedOps, Protocol):
         cache: LayerCache,
         batch: StepBatch,
         soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each query over its sequence's cached positions: [T, H * D].
 
         `qkv` is as `rope_and_cache` left it, and the step's own keys are in the cache already. The
         cache's spec may limit the window: a query at position p sees p - window + 1 .. p. With
         `soft_cap` c, scores become c * tanh(score / c) before the softmax, which is in float32.
-        """
-        ...
-
-    def moe(
-        self,
-        x: Tensor,
-        router_logits: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        num_chosen: int,
-        *,
-        normalize: bool,
-    ) -> Tensor:
-        """A mixture of E experts of width F over x [T, h]: [T, h].
-
-        Each token takes the `num_chosen` experts with the largest softmax of router_logits [T, E]
-        in float32; `normalize` makes their weights sum to 1. An expert is
-        down[e] (silu(gate x) * up x), with gate_up [E, 2F, h], the gate's rows first, and down
-        [E, h, F].
+        `sinks` [H] float32 holds one more score for each head, which takes part in the softmax and
+        has no value.
         """
         ...
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pagedcore.execution.expert_ops import Experts
 from pagedcore.execution.model import Weights
 from pagedcore.execution.ops import Ops
 from pagedcore.execution.quantized import Activations
@@ -36,8 +37,8 @@ class LinearMethod(Protocol):
 class ExpertsMethod(Protocol):
     """The stored weights of one layer's experts."""
 
-    def apply(self, x: Tensor, router_logits: Tensor, num_chosen: int, normalize: bool) -> Tensor:
-        """Mix the experts that router_logits [T, E] choose for x [T, h]; see `Ops.moe`."""
+    def apply(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Mix experts over x [T, h] as `Ops.route` said; see `Ops.moe`."""
         ...
 
 
@@ -95,7 +96,7 @@ class Unquantized:
         self, weights: Weights, ops: Ops, prefix: str, num_experts: int, h: int, width: int
     ) -> ExpertsMethod:
         """See `Quantizer.experts`."""
-        return UnquantizedExperts(ops, *take_experts(weights, prefix, num_experts, h, width))
+        return UnquantizedExperts(ops, take_experts(weights, prefix, num_experts, h, width))
 
 
 class UnquantizedLinear:
@@ -119,16 +120,13 @@ class UnquantizedLinear:
 class UnquantizedExperts:
     """Two stacks of matrices."""
 
-    def __init__(self, ops: Ops, gate_up: Tensor, down: Tensor) -> None:
+    def __init__(self, ops: Ops, experts: Experts) -> None:
         self._ops = ops
-        self._gate_up = gate_up
-        self._down = down
+        self._experts = experts
 
-    def apply(self, x: Tensor, router_logits: Tensor, num_chosen: int, normalize: bool) -> Tensor:
+    def apply(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """See `ExpertsMethod.apply`."""
-        return self._ops.moe(
-            x, router_logits, self._gate_up, self._down, num_chosen, normalize=normalize
-        )
+        return self._ops.moe(x, weights, chosen, self._experts)
 
 
 def take_linear(
@@ -163,10 +161,8 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
-def take_experts(
-    weights: Weights, prefix: str, num_experts: int, h: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """gate_up [E, 2F, h], the gate's rows first, and down [E, h, F], in the model's type."""
+def take_experts(weights: Weights, prefix: str, num_experts: int, h: int, width: int) -> Experts:
+    """E experts, in the model's type."""
     gate_up: Tensor | None = None
     down: Tensor | None = None
     for e in range(num_experts):  # filled one by one, so that no expert is in memory twice
@@ -179,4 +175,4 @@ def take_experts(
         down[e] = weights.take(f"{prefix}.{e}.down_proj.weight", (h, width))
     assert gate_up is not None, "a mixture has at least one expert"
     assert down is not None
-    return gate_up, down
+    return Experts(gate_up=gate_up, down=down)

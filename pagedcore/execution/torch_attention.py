@@ -118,20 +118,24 @@ def attend(
     cache: LayerCache,
     plan: Plan,
     soft_cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """See `pagedcore.execution.ops.Ops.attention`."""
     num_kv_heads, head_dim = cache.spec.num_kv_heads, cache.spec.head_dim
     heads = qkv.view(len(qkv), -1, head_dim)
     grouped = (num_kv_heads, num_heads // num_kv_heads, head_dim)
     query = heads[:, :num_heads].view(len(qkv), *grouped)
+    if sinks is not None:
+        sinks = sinks.view(*grouped[:2], 1)
     if len(plan.parts) == 1 and not plan.prompts:
-        return _attend_part(query, cache, plan.parts[0], scale, soft_cap).reshape(len(qkv), -1)
+        mixed = _attend_part(query, cache, plan.parts[0], scale, soft_cap, sinks)
+        return mixed.reshape(len(qkv), -1)
     out = torch.empty(len(qkv), *grouped, dtype=qkv.dtype, device=qkv.device)
     for part in plan.parts:
-        out[part.tokens] = _attend_part(query[part.tokens], cache, part, scale, soft_cap)
+        out[part.tokens] = _attend_part(query[part.tokens], cache, part, scale, soft_cap, sinks)
     for prompt in plan.prompts:
-        tokens = prompt.tokens
-        if prompt.is_plain and soft_cap is None and cache.key.dtype == qkv.dtype:
+        tokens, is_usual = prompt.tokens, soft_cap is None and sinks is None
+        if prompt.is_plain and is_usual and cache.key.dtype == qkv.dtype:
             keys_values = heads[tokens, num_heads:]
             key, value = _spread(keys_values, grouped)
             mixed = scaled_dot_product_attention(
@@ -142,19 +146,27 @@ def attend(
             keys_values = _gather(cache, prompt.blocks, qkv.dtype)[: prompt.length - prompt.first]
             for tile, keys, mask in _tiles(prompt, plan, cache.spec.window, qkv):
                 key, value = _spread(keys_values[keys], grouped)
-                mixed = _attend(query[tile].permute(1, 2, 0, 3), key, value, mask, scale, soft_cap)
+                sink = None if sinks is None else sinks[..., None]
+                mixed = _attend(
+                    query[tile].permute(1, 2, 0, 3), key, value, mask, scale, soft_cap, sink
+                )
                 out[tile] = mixed.permute(2, 0, 1, 3)
     return out.view(len(qkv), -1)
 
 
 def _attend_part(
-    query: Tensor, cache: LayerCache, part: _Part, scale: float, soft_cap: float | None
+    query: Tensor,
+    cache: LayerCache,
+    part: _Part,
+    scale: float,
+    soft_cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Queries [S, K, G, D] of sequences with one token each: the same shape."""
+    """Queries [S, K, G, D] of sequences with one token each, sinks [K, G, 1]: query's shape."""
     keys_values = _gather(cache, part.blocks, query.dtype)
     keys_values = keys_values.view(len(query), -1, *keys_values.shape[1:])[:, : part.length]
     key, value = keys_values.transpose(1, 2).chunk(2, 1)
-    return _attend(query, key, value, part.mask, scale, soft_cap)
+    return _attend(query, key, value, part.mask, scale, soft_cap, sinks)
 
 
 def _attend(
@@ -164,14 +176,22 @@ def _attend(
     mask: Tensor | None,
     scale: float,
     soft_cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention in four dimensions, the mask broadcast; query's shape."""
-    if soft_cap is None:
+    """Attention in four dimensions, mask and sinks broadcast; query's shape."""
+    if soft_cap is None and sinks is None:
         return scaled_dot_product_attention(query, key, value, mask, scale=scale)
-    scores = soft_cap * torch.tanh(query.float() @ key.float().mT * (scale / soft_cap))
+    scores = query.float() @ key.float().mT * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     if mask is not None:
         scores += mask
-    return (scores.softmax(-1) @ value.float()).to(query.dtype)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], -1)
+        weights = scores.softmax(-1)[..., :-1]
+    return (weights @ value.float()).to(query.dtype)
 
 
 def _gather(cache: LayerCache, blocks: Tensor | slice, dtype: torch.dtype) -> Tensor:

@@ -17,12 +17,13 @@ from torch.nn import functional
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
 from pagedcore.execution.torch_attention import Plan, attend, begun_blocks, plan_attention
+from pagedcore.execution.torch_experts import TorchExpertOps
 from pagedcore.execution.torch_quantized import TorchQuantizedOps
 from pagedcore.execution.torch_sampling import sample
 from pagedcore.execution.torch_scores import refine
 
 
-class TorchOps(TorchQuantizedOps):
+class TorchOps(TorchQuantizedOps, TorchExpertOps):
     """The `torch` backend, for any device.
 
     Small steps on a CPU are bound by the number of calls, about a microsecond each, so operations
@@ -166,31 +167,11 @@ class TorchOps(TorchQuantizedOps):
         cache: LayerCache,
         batch: StepBatch,
         soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
-        return attend(qkv, num_heads, scale, cache, _plan(batch, cache, qkv.dtype), soft_cap)
-
-    def moe(
-        self,
-        x: Tensor,
-        router_logits: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        num_chosen: int,
-        *,
-        normalize: bool,
-    ) -> Tensor:
-        """See `Ops.moe`."""
-        weights, experts = router_logits.float().softmax(-1).topk(num_chosen, -1)
-        if normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in sorted(set(experts.flatten().tolist())):
-            token, choice = torch.where(experts == expert)
-            inner = self.silu_mul(functional.linear(x[token], gate_up[expert]))
-            out = functional.linear(inner, down[expert]).float()
-            mixed.index_add_(0, token, out.mul_(weights[token, choice, None]))
-        return mixed.to(x.dtype)
+        plan = _plan(batch, cache, qkv.dtype)
+        return attend(qkv, num_heads, scale, cache, plan, soft_cap, sinks)
 
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
         """See `Ops.copy_blocks`."""

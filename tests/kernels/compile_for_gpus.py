@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels import backend
 from pagedcore_kernels.backend import TritonOps
@@ -87,7 +88,8 @@ def main():
     for tanh in (False, True):
         ops.gelu_mul(x, tanh=tanh)
     gate_up, down = x.new_ones(8, 64, 128), x.new_ones(8, 128, 32)
-    ops.moe(x, x.new_ones(4, 8), gate_up, down, 2, normalize=True)
+    routing = Routing(num_chosen=2, normalize=True)
+    ops.moe(x, *ops.route(x.new_ones(4, 8), routing), Experts(gate_up=gate_up, down=down))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def on_gpu(test):
     return pytest.mark.gpu(missing(test))
 
 
-def reference(step, soft_cap=None):
+def reference(step, soft_cap=None, sinks=None):
     """Float64, one token and one head at a time."""
     batch, cache = step.batch, step.cache
     head_dim, block_size = cache.spec.head_dim, cache.block_size
@@ -45,20 +45,23 @@ def reference(step, soft_cap=None):
                 scores = keys[block, head // group, offset] @ queries[t, head] * SCALE
                 if soft_cap is not None:
                     scores = soft_cap * torch.tanh(scores / soft_cap)
-                out[t, head] = scores.softmax(0) @ values[block, head // group, offset]
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[head].double().cpu()[None]])
+                weights = scores.softmax(0)[: len(seen)]
+                out[t, head] = weights @ values[block, head // group, offset]
     return out.flatten(1)
 
 
-def attend(ops, step, soft_cap=None):
+def attend(ops, step, soft_cap=None, sinks=None):
     ops.begin_step(step.batch)
-    return ops.attention(step.qkv, step.num_heads, SCALE, step.cache, step.batch, soft_cap)
+    return ops.attention(step.qkv, step.num_heads, SCALE, step.cache, step.batch, soft_cap, sinks)
 
 
-def assert_right(step, soft_cap=None, make_ops=TritonOps):
-    got = attend(make_ops(str(step.qkv.device)), step, soft_cap)
+def assert_right(step, soft_cap=None, make_ops=TritonOps, sinks=None):
+    got = attend(make_ops(str(step.qkv.device)), step, soft_cap, sinks)
     assert got.dtype == step.qkv.dtype
     assert got.is_contiguous()
-    want = reference(step, soft_cap)
+    want = reference(step, soft_cap, sinks)
     error = (got.double().cpu() - want).norm() / want.norm()
     assert error < LIMITS[step.qkv.dtype]
 
@@ -98,6 +101,15 @@ def test_a_window_hides_what_lies_further_back(block_size, window, device):
 def test_scores_are_capped_softly(device):
     assert_right(make_step(SINGLE + LONGER, device=device), soft_cap=1.5)
     assert_right(make_step(SINGLE + LONGER, window=20, device=device), soft_cap=1.5)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("make_ops", [TritonOps, PlainOps])
+def test_a_sink_takes_a_share_and_gives_nothing(make_ops, window, device):
+    lengths = [*SINGLE, (1, 900), *LONGER]  # one is cut and merged
+    step = make_step(lengths, num_heads=6, window=window, num_padding=2, device=device)
+    sinks = torch.tensor([-50.0, -2.0, 0.0, 1.0, 5.0, 200.0], device=device)
+    assert_right(step, make_ops=make_ops, sinks=sinks)
 
 
 def test_sixteen_bits_are_enough(device):
@@ -152,7 +164,7 @@ def test_a_sequence_with_nan_leaves_the_others_alone(device):
     torch.testing.assert_close(got[others], good[others])
 
 
-def extend(step, config, parts, soft_cap=None):
+def extend(step, config, parts, soft_cap=None, sinks=None):
     """The extend kernel alone, over what it leaves of NaN."""
     batch, cache = step.batch, step.cache
     out = torch.full_like(step.qkv[:, : step.num_heads * cache.spec.head_dim], torch.nan)
@@ -176,6 +188,7 @@ def extend(step, config, parts, soft_cap=None):
         parts=parts,
         window=cache.spec.window,
         soft_cap=soft_cap,
+        sinks=sinks,
         config=config,
     )
     return out
@@ -195,7 +208,8 @@ def test_keys_may_be_cut_in_parts_and_loaded_by_descriptors(
         device=device,
     )
     config = ExtendConfig(queries, keys, 4, 2, descriptors=descriptors)
-    got, want = extend(step, config, parts, 2.0), reference(step, 2.0)
+    sinks = torch.tensor([-50.0, 0.0, 1.0, 30.0], device=device)
+    got, want = extend(step, config, parts, 2.0, sinks), reference(step, 2.0, sinks)
     assert got[:2].isnan().all()
     assert (got[2:].double().cpu() - want[2:]).norm() / want[2:].norm() < 1e-5
 

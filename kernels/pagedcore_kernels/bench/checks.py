@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kernel_bench import Check
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels.backend import TritonOps
@@ -154,9 +155,9 @@ def _check_moe(device: str, dtype: torch.dtype, small: bool) -> Check:
 
     x, scores = draw(tokens, h), draw(tokens, experts)
     gate_up, down = draw(experts, 2 * width, h) * h**-0.5, draw(experts, h, width) * width**-0.5
-    got = ops.moe(x, scores, gate_up, down, chosen, normalize=True)
-    want = plain.moe(
-        x.float(), scores.float(), gate_up.float(), down.float(), chosen, normalize=True
-    )
+    routing = Routing(num_chosen=chosen, normalize=True)
+    got = ops.moe(x, *ops.route(scores, routing), Experts(gate_up=gate_up, down=down))
+    exact = Experts(gate_up=gate_up.float(), down=down.float())
+    want = plain.moe(x.float(), *plain.route(scores.float(), routing), exact)
     name = f"moe {str(dtype).removeprefix('torch.')} T {tokens} E {experts}"
     return Check(name, relative_error(got, want), 2 * LIMITS[dtype])

@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kernel_bench import Figure
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels import activation, norms, rope_cache
-from pagedcore_kernels import moe as experts
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
 from pagedcore_kernels.decode_attention import DecodeConfig, decode_attention
+from pagedcore_kernels.expert_routing import route
 from pagedcore_kernels.extend_attention import extend_attention
 from pagedcore_kernels.extend_plan import ExtendConfig, build_tile_list, num_parts
+from pagedcore_kernels.moe import moe
 from pagedcore_kernels.work_list import build_work_list
 
 BLOCK_SIZE = 64
@@ -251,6 +253,8 @@ def moe_figures(
     dtype = torch.bfloat16 if device != "cpu" else torch.float16
     gate_up = torch.randn(num_experts, 2 * width, h, device=device).to(dtype) * h**-0.5
     down = torch.randn(num_experts, h, width, device=device).to(dtype) * width**-0.5
+    routing = Routing(num_chosen=chosen, normalize=True)
+    mixture = Experts(gate_up=gate_up, down=down)
     for num in tokens:
         inputs = [
             (
@@ -260,10 +264,7 @@ def moe_figures(
             for _ in range(8)
         ]
         touched = sum(len(s.topk(chosen).indices.unique()) for _, s in inputs) / len(inputs)
-        calls = [
-            partial(experts.moe, x, scores, gate_up, down, chosen, normalize=True)
-            for x, scores in inputs
-        ]
+        calls = [partial(_choose_and_mix, *pair, routing, mixture) for pair in inputs]
         passed = time_calls(calls)
         case = f"T {num} E {num_experts} chosen {chosen} h {h} F {width}"
         if num <= 512:
@@ -273,3 +274,7 @@ def moe_figures(
             yield Figure(
                 "moe", case, passed, num * chosen * 6 * width * h / passed.median * 1e6, "FLOP/s"
             )
+
+
+def _choose_and_mix(x: Tensor, scores: Tensor, routing: Routing, mixture: Experts) -> Tensor:
+    return moe(x, *route(scores, routing), mixture)

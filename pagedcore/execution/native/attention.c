@@ -8,6 +8,7 @@
        table          [R, M] int32        indexed by rows [S]
        query_start    [S + 1] int32
        context_len    [S] int32           0 is padding, whose output is zero
+       sinks          [H] float           one more score of each head, without a value; or null
        out            [T, H * D]          contiguous
 
    A task is one kv head of one sequence and up to MAX_ROWS / G of its tokens; the G query heads of
@@ -31,6 +32,7 @@ typedef struct {
     const int32_t *table, *rows, *query_start, *context_len;
     long table_stride, num_seqs, num_heads, num_kv_heads, size, block_size, window;
     float scale, soft_cap;
+    const float *sinks;
     bf16 *out;
     long *first_task; /* [S + 1] */
 } Step;
@@ -171,7 +173,10 @@ static void attend(const Step *step, Work *w, long sequence, long kv_head, long 
         memcpy(w->query + t * group * size,
                step->qkv + (first_token + t) * step->qkv_stride + kv_head * group * size,
                group * size * sizeof(bf16));
-    for (long row = 0; row < rows; row++) w->highest[row] = -INFINITY, w->total[row] = 0.0f;
+    for (long row = 0; row < rows; row++) {
+        w->highest[row] = step->sinks ? step->sinks[kv_head * group + row % group] : -INFINITY;
+        w->total[row] = step->sinks ? 1.0f : 0.0f;
+    }
     memset(w->sum, 0, rows * size * sizeof(float));
 
     const int32_t *blocks = step->table + step->rows[sequence] * step->table_stride;
@@ -257,7 +262,7 @@ EXPORT int pagedcore_attention(const bf16 *qkv, long qkv_stride, const bf16 *sto
                                const int32_t *query_start, const int32_t *context_len,
                                long num_seqs, long num_heads, long num_kv_heads, long size,
                                long block_size, long window, float scale, float soft_cap,
-                               bf16 *out) {
+                               const float *sinks, bf16 *out) {
     Step step = {.qkv = qkv,
                  .qkv_stride = qkv_stride,
                  .store = store,
@@ -274,6 +279,7 @@ EXPORT int pagedcore_attention(const bf16 *qkv, long qkv_stride, const bf16 *sto
                  .window = window,
                  .scale = scale,
                  .soft_cap = soft_cap,
+                 .sinks = sinks,
                  .out = out,
                  .first_task = malloc((num_seqs + 1) * sizeof(long))};
     long most = MAX_ROWS / (num_heads / num_kv_heads);

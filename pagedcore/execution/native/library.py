@@ -47,7 +47,7 @@ class Library:
         self.silu_mul = self._kernel("silu_mul", "aall")
         self.rope_and_cache = self._kernel("rope_and_cache", "alllllaliaafaaa")
         self.argmax = self._kernel("argmax", "aall")
-        self.attention = self._kernel("attention", "alaalaaallllllffa")
+        self.attention = self._kernel("attention", "alaalaaallllllffaa")
 
     def _kernel(self, name: str, types: str) -> Kernel:
         kernel = self._loaded[f"pagedcore_{name}"]

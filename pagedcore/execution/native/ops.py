@@ -141,7 +141,8 @@ class NativeOps(TorchOps):
     ) -> LayerCache:
         """See `Ops.new_cache`."""
         cache = super().new_cache(spec, group, num_blocks, block_size, dtype, device)
-        if dtype != torch.bfloat16 or spec.head_dim % 32 or spec.head_dim > _MAX_HEAD:
+        fits = spec.head_dim % 32 == 0 and spec.head_dim <= _MAX_HEAD and not spec.latent
+        if dtype != torch.bfloat16 or not fits:
             return cache
         address = cache.key.data_ptr()
         return _Cache(spec, group, block_size, cache.key, cache.value, store=address)
@@ -188,10 +189,12 @@ class NativeOps(TorchOps):
         cache: LayerCache,
         batch: StepBatch,
         soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
         if not _fits(cache, qkv, num_heads):
-            return super().attention(qkv, num_heads, scale, cache, batch, soft_cap)
+            return super().attention(qkv, num_heads, scale, cache, batch, soft_cap, sinks)
+        assert sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
         spec, table = cache.spec, batch.block_tables[cache.group]
         out = qkv.new_empty(qkv.shape[0], num_heads * spec.head_dim)
         failed = self._library.attention(
@@ -211,6 +214,7 @@ class NativeOps(TorchOps):
             spec.window or 0,
             scale,
             soft_cap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
             out.data_ptr(),
         )
         if failed:

@@ -67,7 +67,7 @@ class Fp8:
         if not self._has_warned:
             self._has_warned = True
             logger.warning("fp8: experts keep their 16 bits, only the other layers are rounded")
-        return UnquantizedExperts(ops, *take_experts(weights, prefix, num_experts, h, width))
+        return UnquantizedExperts(ops, take_experts(weights, prefix, num_experts, h, width))
 
 
 class Fp8Linear:

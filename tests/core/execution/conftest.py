@@ -34,6 +34,7 @@ class Pool:
         block_size=4,
         window=None,
         soft_cap=None,
+        has_sinks=False,
         dtype=torch.float32,
         cache_dtype=None,
         num_blocks=400,
@@ -47,6 +48,7 @@ class Pool:
         self.dtype = dtype
         self.scale = SCALE
         self.random = torch.Generator().manual_seed(seed)
+        self.sinks = 3 * torch.randn(num_heads, generator=self.random) if has_sinks else None
         spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
         self.cache = self.ops.new_cache(
             spec, 0, num_blocks, block_size, cache_dtype or dtype, torch.device("cpu")
@@ -69,7 +71,9 @@ class Pool:
         batch = self.batch(runs, single + num_padding)
         self.ops.begin_step(batch)
         self.ops.rope_and_cache(qkv, self.num_heads, None, None, self.cache, batch)
-        out = self.ops.attention(qkv, self.num_heads, SCALE, self.cache, batch, self.soft_cap)
+        out = self.ops.attention(
+            qkv, self.num_heads, SCALE, self.cache, batch, self.soft_cap, self.sinks
+        )
         assert out.is_contiguous()
         assert out.dtype == self.dtype
         pieces = out.view(len(qkv), self.num_heads, -1).split([new for _, new, _ in runs])
@@ -123,7 +127,10 @@ class Pool:
                 scores = key[begin : position + 1, shared] @ query[position, head] * SCALE
                 if self.soft_cap is not None:
                     scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-                out[i, head] = scores.softmax(0) @ value[begin : position + 1, shared]
+                if self.sinks is not None:
+                    scores = torch.cat([scores, self.sinks[head, None].double()])
+                weights = scores.softmax(0)[: position + 1 - begin]
+                out[i, head] = weights @ value[begin : position + 1, shared]
         return out
 
     def check(self, results, tolerance=2e-6):

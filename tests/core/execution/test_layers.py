@@ -40,11 +40,11 @@ class ShapeOps(TorchOps):
         assert qkv.shape[1] == (num_heads + 2 * cache.spec.num_kv_heads) * cache.spec.head_dim
         assert rope.cos_sin.shape[1] == cache.spec.head_dim
 
-    def attention(self, qkv, num_heads, scale, cache, batch, soft_cap=None):
+    def attention(self, qkv, num_heads, scale, cache, batch, soft_cap=None, sinks=None):
         self.calls.append("attention")
         return qkv[:, : num_heads * cache.spec.head_dim].contiguous()
 
-    def moe(self, x, router_logits, gate_up, down, num_chosen, *, normalize):
+    def moe(self, x, weights, chosen, experts):
         self.calls.append("moe")
         return torch.empty_like(x)
 

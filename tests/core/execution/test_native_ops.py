@@ -149,10 +149,11 @@ def _histories(draw):
     block_size=st.sampled_from([1, 4, 16, 128]),
     window=st.sampled_from([None, 1, 7, 64, 100]),
     soft_cap=st.sampled_from([None, 0.7, 30.0]),
+    has_sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_any_mix_of_pieces_gives_what_whole_sequences_give(
-    native, new_pool, histories, heads, head_dim, block_size, window, soft_cap, seed
+    native, new_pool, histories, heads, head_dim, block_size, window, soft_cap, has_sinks, seed
 ):
     pool = new_pool(
         *heads,
@@ -160,6 +161,7 @@ def test_any_mix_of_pieces_gives_what_whole_sequences_give(
         block_size=block_size,
         window=window,
         soft_cap=soft_cap,
+        has_sinks=has_sinks,
         dtype=BF16,
         num_blocks=3000 // block_size + 10,
         seed=seed,

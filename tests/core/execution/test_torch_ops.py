@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.ops import QKNorm, RopeTable, SamplingTensors, StepBatch
 from pagedcore.execution.torch_ops import TorchOps
 
@@ -192,7 +193,8 @@ def test_experts_are_mixed_by_their_probabilities(ops, normalize, dtype):
     gate_up = random(5, 14, 10, dtype=dtype, seed=2)
     down = random(5, 10, 7, dtype=dtype, seed=3)
 
-    out = ops.moe(x, logits, gate_up, down, 2, normalize=normalize)
+    routing = Routing(num_chosen=2, normalize=normalize)
+    out = ops.moe(x, *ops.route(logits, routing), Experts(gate_up=gate_up, down=down))
 
     want = torch.zeros(6, 10, dtype=torch.float64)
     for token, probabilities in enumerate(logits.double().softmax(-1)):

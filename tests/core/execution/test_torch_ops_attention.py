@@ -31,13 +31,20 @@ def _histories(draw):
     block_size=st.sampled_from([1, 2, 4, 16]),
     window=st.sampled_from([None, 1, 3, 7, 64]),
     soft_cap=st.sampled_from([None, 0.7, 30.0]),
+    has_sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_any_mix_of_pieces_gives_what_whole_sequences_give(
-    new_pool, histories, heads, head_dim, block_size, window, soft_cap, seed
+    new_pool, histories, heads, head_dim, block_size, window, soft_cap, has_sinks, seed
 ):
     pool = new_pool(
-        *heads, head_dim, block_size=block_size, window=window, soft_cap=soft_cap, seed=seed
+        *heads,
+        head_dim,
+        block_size=block_size,
+        window=window,
+        soft_cap=soft_cap,
+        has_sinks=has_sinks,
+        seed=seed,
     )
     sequences = [pool.sequence(sum(pieces)) for pieces in histories]
     for number in range(max(map(len, histories))):
