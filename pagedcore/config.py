@@ -249,13 +249,16 @@ class EngineConfig:
         is_a100: bool = False,
         max_model_len: int,
         block_size: int,
+        chunks_prompts: bool = True,
     ) -> "EngineConfig":
         """Fill in every default that depends on device or model (semantics CFG-2, CFG-3).
 
         `device_memory_gib` is None on the CPU; `max_model_len` is the model's own limit or the
-        one that fits; `block_size` is the backend's preference. Raises ConfigError when explicit
-        values contradict each other.
+        one that fits; `block_size` is the backend's preference. A model that must see each prompt
+        whole has `chunks_prompts=False`, whatever `enable_chunked_prefill` says. Raises
+        ConfigError when explicit values contradict each other.
         """
+        chunks_prompts = chunks_prompts and self.scheduler.enable_chunked_prefill
         large = device_memory_gib is not None and device_memory_gib >= 70 and not is_a100
         asked = self.scheduler
         max_num_seqs = asked.max_num_seqs or (1024 if large else 256)
@@ -268,7 +271,7 @@ class EngineConfig:
             else:
                 budget = 8192 if usage == "offline" else 2048
             budget = max(budget, max_num_seqs)
-            if not asked.enable_chunked_prefill:
+            if not chunks_prompts:
                 budget = max(budget, max_model_len)
         elif asked.max_num_seqs is None:
             max_num_seqs = min(max_num_seqs, budget)
@@ -276,7 +279,7 @@ class EngineConfig:
             raise ConfigError(
                 f"max_num_batched_tokens ({budget}) must be at least max_num_seqs ({max_num_seqs})"
             )
-        if not asked.enable_chunked_prefill and budget < max_model_len:
+        if not chunks_prompts and budget < max_model_len:
             raise ConfigError(
                 f"without chunked prefill, max_num_batched_tokens ({budget}) must be at least "
                 f"max_model_len ({max_model_len})"

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from pagedcore.errors import RequestError
+from pagedcore.pooling import PoolingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -364,6 +365,9 @@ class Request:
 
     cache_salt: str | None = None
     """Requests share cached prefixes only with the same salt (KV-3)."""
+
+    pooling: PoolingParams | None = None
+    """Settled, for a request that wants a vector: it ends with its prompt, and draws no token."""
 
     output_token_ids: list[int] = field(default_factory=list)
     """Known outputs; brought up to date when the sequence leaves the table."""

@@ -105,6 +105,9 @@ class StepResult:
     """By index in the batch: one entry for each prompt token the step ran, for the token that
     *follows* it in the prompt."""
 
+    vectors: Mapping[int, Float32] = field(default_factory=dict)
+    """By index in the batch: what those that draw got in place of a token, float32 [n]."""
+
     failed: Mapping[int, str] = field(default_factory=dict)
     """By index in the batch: sequences whose step failed (such as NaN logits), and why."""
 
@@ -146,3 +149,6 @@ class StepOutput:
 
     queue_seconds: dict[int, float] = field(default_factory=dict)
     """By request id: from arrival to the first admission, told with `num_cached_tokens`."""
+
+    vectors: dict[int, Float32] = field(default_factory=dict)
+    """By request id: the one output of a request that wants a vector; it is in `finished`, too."""

@@ -4,6 +4,7 @@ engine.py      Engine: add, abort, step; joins a scheduler and an executor
 build.py       an Engine from a configuration: plugins, model folder, executor, scheduler
 llm.py         LLM: the offline Python API, an Engine in this process
 outputs.py     what LLM gives back, and how tokens become it
+embeddings.py  the same for vectors
 info.py        EngineInfo: what an engine tells about itself
 wire.py        the messages between front ends and an engine
 server.py      EngineServer: an Engine behind a unix socket

@@ -46,13 +46,16 @@ def build_engine(
     limits = config.scheduler
     if usage == "offline":  # nobody could retry: everything that is asked for waits (QUEUE-2)
         limits = replace(limits, max_num_queued_reqs=0, max_num_queued_tokens=0)
+    is_decoder = bool(executor.groups)  # what keeps nothing of the past must see a prompt whole
+    if not is_decoder:
+        limits = replace(limits, enable_chunked_prefill=False)
     scheduler = Scheduler(
         limits,
         num_blocks=executor.num_blocks,
         block_size=executor.block_size,
         groups=executor.groups,
         max_model_len=executor.max_model_len,
-        enable_prefix_caching=config.cache.enable_prefix_caching,
+        enable_prefix_caching=config.cache.enable_prefix_caching and is_decoder,
         hash_algorithm=config.cache.prefix_caching_hash_algo,
         kv_watermark=config.cache.kv_watermark,
         policy=policy,
@@ -66,6 +69,8 @@ def build_engine(
         block_size=executor.block_size,
         num_blocks=executor.num_blocks,
         max_num_seqs=config.scheduler.max_num_seqs,
+        task=executor.task,
+        pooling=executor.pooling,
         startup_seconds={
             "config": found - started,
             **executor.startup_seconds,

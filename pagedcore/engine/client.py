@@ -12,6 +12,7 @@ from pagedcore.engine.generation import Choice, Chunk, Generation
 from pagedcore.engine.info import EngineInfo
 from pagedcore.engine.link import PING, Link
 from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
+from pagedcore.pooling import PoolingParams
 from pagedcore.request import SamplingParams
 
 __all__ = ["Chunk", "EngineClient", "Generation"]
@@ -110,6 +111,52 @@ class EngineClient:
         return Generation(
             self, request, max_queued_tokens=self._max_queued_tokens, on_overflow=on_overflow
         )
+
+    def pool(
+        self,
+        prompt_token_ids: Sequence[int] | NDArray[np.int32],
+        pooling: PoolingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Generation:
+        """Prepare a request for a vector: the one chunk of the generation has it."""
+        request = wire.Add(
+            self._next_id,
+            _token_bytes(prompt_token_ids),
+            SamplingParams(max_tokens=1),
+            -1,
+            priority=priority,
+            cache_salt=cache_salt,
+            pooling=pooling,
+        )
+        self._next_id += 1
+        return Generation(
+            self, request, max_queued_tokens=self._max_queued_tokens, on_overflow=None
+        )
+
+    async def embed(
+        self,
+        prompt_token_ids: Sequence[int] | NDArray[np.int32],
+        pooling: PoolingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> NDArray[np.float32]:
+        """The vector [n] of a prompt; what `pooling` leaves open is the model's own way.
+
+        Cancelling it aborts the request. Raises what `generate` does, and RuntimeError where the
+        engine failed on this request.
+        """
+        generation = self.pool(
+            prompt_token_ids, pooling or PoolingParams(), priority=priority, cache_salt=cache_salt
+        )
+        async with generation:
+            async for chunk in generation:
+                if chunk.vector is not None:
+                    return chunk.vector
+                raise RuntimeError(chunk.message or "the engine gave no vector")
+        raise RuntimeError("the engine gave no vector")
 
     async def call(self, name: str, *, timeout_s: float = 5.0, **arguments: Any) -> Any:
         """Ask the engine for `ping`, `stats` or `reset_prefix_cache`.
@@ -216,6 +263,9 @@ class EngineClient:
         for i, entry in step.logprobs.items():
             if i in choices:
                 choices[i].add_logprobs(entry)
+        for i, vector in step.vectors.items():
+            if i in choices:
+                choices[i].chunk.vector = np.frombuffer(vector, np.float32)
         ids = np.frombuffer(step.ids, np.int64).tolist()
         tokens = np.frombuffer(step.tokens, np.int32).tolist()
         for i, token in zip(ids, tokens, strict=True):

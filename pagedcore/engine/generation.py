@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pagedcore.engine.wire import Add, PackedLogprobs, unpack_logprobs
 from pagedcore.errors import OverloadedError
 from pagedcore.request import FinishReason
@@ -46,6 +49,9 @@ class Chunk:
 
     queue_seconds: float | None = None
     """How long the prompt waited to be scheduled first, in the same chunk."""
+
+    vector: NDArray[np.float32] | None = None
+    """[n] What a request for a vector gets, with `finish_reason`."""
 
 
 class Choice:

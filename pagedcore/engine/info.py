@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from pagedcore.pooling import PoolingInfo, Task
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
@@ -27,6 +29,12 @@ class EngineInfo:
 
     max_num_seqs: int
     """Most sequences that run together."""
+
+    task: Task = "generate"
+    """What the model was made for; one that was not made to generate cannot."""
+
+    pooling: PoolingInfo = field(default_factory=PoolingInfo)
+    """What vectors it makes."""
 
     startup_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each phase of the start."""

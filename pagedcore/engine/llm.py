@@ -13,10 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pagedcore.config import DEFAULT_MODEL, EngineConfig
 from pagedcore.engine.build import build_engine
+from pagedcore.engine.embeddings import EmbeddingOutput, VectorJob
 from pagedcore.engine.engine import Engine
 from pagedcore.engine.outputs import Choice, CompletionOutput, Job, RequestOutput
 from pagedcore.errors import EngineDeadError, RequestError
 from pagedcore.plugins import collect, load_plugins
+from pagedcore.pooling import PoolingKind, PoolingParams
 from pagedcore.request import (
     FinishReason,
     OutputKind,
@@ -26,10 +28,10 @@ from pagedcore.request import (
 )
 from pagedcore.sources import find_model
 from pagedcore.step import Finished
-from pagedcore.text.inputs import EngineInput, InputProcessor
+from pagedcore.text.inputs import EngineInput, InputProcessor, PooledInput
 from pagedcore.text.tokenizer import Tokenizer
 
-__all__ = ["LLM", "CompletionOutput", "Message", "Prompt", "RequestOutput"]
+__all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "Message", "Prompt", "RequestOutput"]
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
@@ -71,6 +73,7 @@ class LLM:
         self._inputs = read_inputs(max_model_len=info.max_model_len, vocab_size=info.vocab_size)
         self._ids = itertools.count()
         self._live: dict[int, Choice] = {}
+        self._vectors: dict[int, VectorJob] = {}
         self._closed = False
 
     @property
@@ -146,11 +149,39 @@ class LLM:
         _as_prompts(prompt)  # complains of what is none
         return self._stream(self._completion(prompt, one))  # type: ignore[arg-type]
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: PoolingParams | PoolingKind | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """Turn each prompt into a vector; results are in the order of the prompts.
+
+        `pooling` says how, if only by its name, such as "mean"; None is the model's own way. Any
+        model can do it. Raises RequestError, before anything runs, for a prompt that is longer than
+        the model's length, and for what the model cannot do.
+        """
+        self._check_open()
+        if not isinstance(pooling, PoolingParams):
+            pooling = PoolingParams(pooling=pooling)
+        pooling = pooling.settled(self._engine.info.pooling)
+        entries = [self._inputs.pooled(prompt, param="prompt") for prompt in _as_prompts(prompts)]
+        jobs: list[VectorJob] = []
+        try:
+            for entry in entries:
+                self._start_pooled(entry, pooling, jobs)
+            self._wait(jobs, progress)
+        finally:
+            self._abort_ids(job.id for job in jobs)
+        return [job.output for job in jobs]
+
     def close(self) -> None:
         """Release the device; the object cannot be used afterwards. Again, it does nothing."""
         if not self._closed:
             self._closed = True
             self._live.clear()
+            self._vectors.clear()
             self._engine.shutdown()
 
     def __enter__(self) -> Self:
@@ -177,30 +208,37 @@ class LLM:
         return self._checked(self._inputs.chat(messages, params, **options))
 
     def _checked(self, entry: EngineInput) -> EngineInput:
+        task = self._engine.info.task
+        if task != "generate":
+            raise RequestError(f"this model cannot generate text: it was made to {task}")
         entry.params.check_limits(self._limits)
         return entry
 
     def _run_all(self, entries: Sequence[EngineInput], progress: bool) -> list[RequestOutput]:
         jobs: list[Job] = []
+        try:
+            for entry in entries:
+                self._start(entry, jobs)
+            self._wait(jobs, progress)
+        finally:
+            self._abort(jobs)
+        return [job.output for job in jobs]
+
+    def _wait(self, jobs: Sequence[Job] | Sequence[VectorJob], progress: bool) -> None:
+        """Run steps until all jobs have ended."""
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         shown = progress and console.is_terminal
         bar = Progress(
             *columns, TimeElapsedColumn(), console=console, transient=True, disable=not shown
         )
-        try:
-            for entry in entries:
-                self._start(entry, jobs)
-            with bar:
-                task = bar.add_task("prompts", total=len(jobs))
-                num_done = 0
-                while num_done < len(jobs):
-                    if self._advance():
-                        num_done = sum(job.num_live == 0 for job in jobs)
-                        bar.update(task, completed=num_done)
-        finally:
-            self._abort(jobs)
-        return [job.output for job in jobs]
+        with bar:
+            task = bar.add_task("prompts", total=len(jobs))
+            num_done = 0
+            while num_done < len(jobs):
+                if self._advance():
+                    num_done = sum(job.num_live == 0 for job in jobs)
+                    bar.update(task, completed=num_done)
 
     def _stream(self, entry: EngineInput) -> Iterator[RequestOutput]:
         self._check_open()
@@ -238,18 +276,38 @@ class LLM:
         self._live.update((choice.id, choice) for choice in job.choices)
         jobs.append(job)
 
+    def _start_pooled(
+        self, entry: PooledInput, pooling: PoolingParams, jobs: list[VectorJob]
+    ) -> None:
+        job = VectorJob(entry, next(self._ids))
+        request = Request(
+            id=job.id,
+            prompt_token_ids=np.asarray(entry.prompt_token_ids, np.int32),
+            params=SamplingParams(max_tokens=1),
+            pooling=pooling,
+        )
+        self._engine.add(request)
+        self._vectors[job.id] = job
+        jobs.append(job)
+
     def _abort(self, jobs: Iterable[Job]) -> None:
         """Give up what is left of jobs."""
-        ids = [choice.id for job in jobs for choice in job.choices if choice.id in self._live]
+        self._abort_ids(choice.id for job in jobs for choice in job.choices)
+
+    def _abort_ids(self, request_ids: Iterable[int]) -> None:
+        """Give up what is left of requests."""
+        ids = [i for i in request_ids if i in self._live or i in self._vectors]
         for request_id in ids:
-            del self._live[request_id]
+            self._live.pop(request_id, None)
+            self._vectors.pop(request_id, None)
         if ids:
             self._engine.abort(ids)
 
     def _advance(self) -> bool:
         """Run one step for all jobs under way; whether any choice ended."""
         output = self._engine.step()
-        live, num_live = self._live, len(self._live)
+        live, vectors = self._live, self._vectors
+        num_live = len(live) + len(vectors)
         if output is None:
             return False if self._engine.has_work else self._end_lost()
         searched: list[Choice] = []
@@ -270,21 +328,29 @@ class LLM:
         for request_id, num_cached in output.num_cached_tokens.items():
             if request_id in live and live[request_id].output.index == 0:
                 live[request_id].job.output.num_cached_tokens = num_cached
+            elif request_id in vectors:
+                vectors[request_id].output.num_cached_tokens = num_cached
+        for request_id, vector in output.vectors.items():
+            if request_id in vectors:
+                vectors[request_id].output.vector = vector
         for end in output.finished:
             if end.request_id in live:
                 live.pop(end.request_id).settle(end)
+            elif end.request_id in vectors:
+                vectors.pop(end.request_id).settle(end)
         for choice in searched:
             if choice.id in live and choice.settle():
                 del live[choice.id]
                 self._engine.abort([choice.id])  # it knows no stop strings
-        return len(live) < num_live
+        return len(live) + len(vectors) < num_live
 
     def _end_lost(self) -> bool:
         """End what the engine has nothing of: it was aborted there, by its id."""
-        lost = list(self._live.values())
+        lost = [*self._live.values(), *self._vectors.values()]
         self._live.clear()
-        for choice in lost:
-            choice.settle(Finished(choice.id, FinishReason.ABORT))
+        self._vectors.clear()
+        for one in lost:
+            one.settle(Finished(one.id, FinishReason.ABORT))
         return bool(lost)
 
 

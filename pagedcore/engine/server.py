@@ -211,6 +211,11 @@ class EngineServer:
             raise RequestError(f"n may be at most {wire.MAX_CHOICES}, not {params.n}", "n")
         if params.max_tokens is None:
             params = replace(params, max_tokens=max(1, info.max_model_len - len(prompt)))
+        pooling = message.pooling
+        if pooling is not None:
+            pooling = pooling.settled(info.pooling)
+        elif info.task != "generate":
+            raise RequestError(f"this model cannot generate text: it was made to {info.task}")
         now = time.monotonic()
         return [
             Request(
@@ -222,6 +227,7 @@ class EngineServer:
                 priority=message.priority,
                 arrival_time=now,
                 cache_salt=message.cache_salt,
+                pooling=pooling,
             )
             for index in range(params.n)
         ]

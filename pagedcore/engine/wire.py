@@ -17,10 +17,11 @@ from msgspec import Meta, Struct
 
 from pagedcore.engine.info import EngineInfo
 from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
+from pagedcore.pooling import PoolingParams
 from pagedcore.request import SamplingParams
 from pagedcore.step import Finished, Int64, StepOutput, TokenLogprobs
 
-VERSION = 2
+VERSION = 3
 """Raised with every change of a message; the two ends must agree."""
 
 MAX_REQUEST_BYTES = 64 << 20
@@ -58,6 +59,8 @@ class Add(Struct, tag="add", array_like=True, frozen=True):
     bad_words_token_ids: tuple[tuple[TokenId, ...], ...] = ()
     priority: Priority = 0
     cache_salt: str | None = None
+    pooling: PoolingParams | None = None
+    """With it, the answer is a vector and no tokens."""
 
 
 class Abort(Struct, tag="abort", array_like=True, frozen=True):
@@ -127,6 +130,7 @@ class Outputs(Struct, tag="outputs", array_like=True, frozen=True):
     prompt_logprobs: dict[int, list[PackedLogprobs]] = {}
     num_cached_tokens: dict[int, int] = {}
     queue_seconds: dict[int, float] = {}
+    vectors: dict[int, Float32Bytes] = {}
 
 
 class Reply(Struct, tag="reply", array_like=True, frozen=True):
@@ -219,13 +223,13 @@ def split_by_connection(output: StepOutput) -> dict[int, Outputs]:
     parts = {}
     for connection, indices in _group(output.request_ids >> _ID_BITS):
         parts[connection] = Outputs(
-            ids[indices].tobytes(), output.tokens[indices].tobytes(), [], {}, {}, {}, {}
+            ids[indices].tobytes(), output.tokens[indices].tobytes(), [], {}, {}, {}, {}, {}
         )
 
     def part_of(request_id: int) -> tuple[Outputs, int]:
         connection, client_id = divmod(request_id, 1 << _ID_BITS)
         if connection not in parts:
-            parts[connection] = Outputs(b"", b"", [], {}, {}, {}, {})
+            parts[connection] = Outputs(b"", b"", [], {}, {}, {}, {}, {})
         return parts[connection], client_id
 
     for end in output.finished:
@@ -243,6 +247,9 @@ def split_by_connection(output: StepOutput) -> dict[int, Outputs]:
     for request_id, seconds in output.queue_seconds.items():
         part, client_id = part_of(request_id)
         part.queue_seconds[client_id] = seconds
+    for request_id, vector in output.vectors.items():
+        part, client_id = part_of(request_id)
+        part.vectors[client_id] = np.ascontiguousarray(vector, np.float32).tobytes()
     return parts
 
 

@@ -19,6 +19,8 @@ kv_cache.py        allocates them, and measures what else a step needs
 device_state.py    what the device keeps of each row: tokens, lengths, block tables
 batch.py           a `StepPlan` as tensors: the one crossing from bookkeeping to the device
 executor.py        Executor: launches steps
+pooler.py          hidden states into vectors, in place of tokens
+pooled_model.py    what a model, or its folder, says about its vectors
 loading.py         an Executor from a configuration: device, model, cache, in this order
 graphs.py          whole decode steps as CUDA graphs
 extend_graphs.py   steps with short extensions as CUDA graphs

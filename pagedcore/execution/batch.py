@@ -148,9 +148,8 @@ def unpack(
     return DeviceBatch(token_ids, batch, drawing, last, drawing_rows, known)
 
 
-def to_device(plan: StepPlan, state: DeviceState, block_size: int) -> DeviceBatch:
-    """Upload a plan; nothing waits for the device."""
-    drawing = np.flatnonzero(plan.samples)
+def to_device(plan: StepPlan, drawing: Int64, state: DeviceState, block_size: int) -> DeviceBatch:
+    """Upload a plan of which `drawing` [K] draw a token; nothing waits for the device."""
     packed = pack(plan, drawing)
     return unpack(
         upload(packed.values, state.tokens.device),

@@ -23,7 +23,9 @@ from pagedcore.execution.logprobs import PendingLogprobs
 from pagedcore.execution.logits_processors import Factory, LogitsProcessors
 from pagedcore.execution.model import Model
 from pagedcore.execution.ops import LayerCache, Ops, StepBatch
+from pagedcore.execution.pooler import NOT_FINITE, PendingVectors, Pooler
 from pagedcore.execution.sampler import Drawn, Sampler
+from pagedcore.pooling import PoolingInfo, Task
 from pagedcore.step import Admission, Int32, Int64, StepPlan, StepResult, TokenLogprobs
 
 _NUM_RESULTS = 4
@@ -55,6 +57,7 @@ class PendingStep:
     done: torch.cuda.Event | None
     logprobs: PendingLogprobs | None
     prompt_logprobs: Mapping[int, list[TokenLogprobs]]
+    vectors: PendingVectors | None = None
 
     def result(self) -> StepResult:
         """Wait for the step; raises what made it fail."""
@@ -68,11 +71,17 @@ class PendingStep:
         if self.logprobs is not None:
             entries = self.logprobs.result(tokens[self.drawing])
             logprobs = {int(self.drawing[i]): entry for i, entry in entries.items()}
+        failed = dict.fromkeys(self.drawing[bad].tolist(), _NOT_FINITE)
+        vectors = {} if self.vectors is None else self.vectors.result()
+        for index, vector in vectors.items():
+            if not np.isfinite(vector).all():
+                failed[index] = NOT_FINITE
         return StepResult(
             tokens=tokens,
             logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs,
-            failed=dict.fromkeys(self.drawing[bad].tolist(), _NOT_FINITE),
+            vectors=vectors,
+            failed=failed,
         )
 
 
@@ -90,10 +99,16 @@ class Executor:
         caches: Sequence[LayerCache | None],
         groups: tuple[CacheGroup, ...],
         num_blocks: int,
+        task: Task = "generate",
+        pooling: PoolingInfo | None = None,
         startup_seconds: Mapping[str, float],
         logits_processors: Mapping[str, Factory] | None = None,
     ) -> None:
         """`config` is resolved; `caches` has one entry per layer, of `num_blocks` blocks."""
+        pooling = pooling or PoolingInfo()
+        self.task = task
+        self.pooling = pooling
+        """What vectors the model makes."""
         block_size, max_num_seqs = config.cache.block_size, config.scheduler.max_num_seqs
         max_model_len = config.model.max_model_len
         assert block_size is not None
@@ -134,12 +149,19 @@ class Executor:
             logprobs_mode=config.execution.logprobs_mode,
             processors=self.logits_processors,
         )
+        self._pooler = Pooler(model.logits, pooling.scored, device)
         self._prompts: dict[int, Int32] = {}
         self._kind: tuple[Int32, DrawKind | None] | None = None
         self._graphs: DecodeGraphs | None = None
         self._extend_graphs: ExtendGraphs | None = None
-        may_capture = ops.supports_graphs and getattr(model, "supports_graphs", True)
-        if self.overlaps and may_capture and not config.execution.enforce_eager:
+        is_decoder = bool(groups)  # else there is nothing to decode from
+        if (
+            is_decoder
+            and self.overlaps
+            and ops.supports_graphs
+            and getattr(model, "supports_graphs", True)
+            and not config.execution.enforce_eager
+        ):
             recorder = GraphRecorder(ops, device)
             self._graphs = DecodeGraphs(
                 self._decode,
@@ -208,6 +230,7 @@ class Executor:
             self._kind = None
             self._state.admit(plan.admitted)
             self._sampler.admit(plan.admitted)
+            self._pooler.admit(plan.admitted)
             self._keep_prompts(plan.admitted)
         self._state.update_tables(plan.table_updates)
         if len(plan.copies):
@@ -251,7 +274,7 @@ class Executor:
         """What the draws of rows have in common; None when a graph cannot hold them."""
         if self._kind is None or self._kind[0] is not rows:
             kind: DrawKind | None = None
-            if self._sampler.is_plain(rows):
+            if self._sampler.is_plain(rows) and not self._pooler.mask(rows).any():
                 kind = DrawKind.FILTERED if self._sampler.is_filtered(rows) else DrawKind.PLAIN
                 kind = DrawKind.GREEDY if self._sampler.is_greedy(rows) else kind
             self._kind = (rows, kind)
@@ -287,16 +310,19 @@ class Executor:
     # All other steps
 
     def _run(self, plan: StepPlan) -> PendingStep:
-        step = to_device(plan, self._state, self.block_size)
+        drawing = self._pooler.drawing(plan)
+        step = to_device(plan, drawing, self._state, self.block_size)
+        if self._pooler:
+            step.batch.token_types = self._pooler.token_types(plan)
         self._ops.begin_step(step.batch)
         hidden = self._model.forward(step.token_ids, step.batch, self._caches)
         prompt_logprobs = self._prompt_logprobs(plan, hidden) if self._prompts else {}
-        drawing = step.drawing
+        vectors = self._pooler.pool(plan, hidden) if self._pooler else None
         if len(drawing) == 0:
             empty = torch.empty(0, dtype=torch.int64, device=self._device)
-            return self._pend(plan, drawing, empty, None, prompt_logprobs)
+            return self._pend(plan, drawing, empty, None, prompt_logprobs, vectors)
         drawn = self._draw(plan, step, hidden)
-        return self._pend(plan, drawing, _marked(drawn), drawn.logprobs, prompt_logprobs)
+        return self._pend(plan, drawing, _marked(drawn), drawn.logprobs, prompt_logprobs, vectors)
 
     def _draw(self, plan: StepPlan, step: DeviceBatch, hidden: Tensor) -> Drawn:
         rows = plan.rows if len(step.drawing) == len(plan.rows) else plan.rows[step.drawing]
@@ -344,6 +370,7 @@ class Executor:
         drawn: Tensor,
         logprobs: PendingLogprobs | None,
         prompt_logprobs: Mapping[int, list[TokenLogprobs]],
+        vectors: PendingVectors | None = None,
     ) -> PendingStep:
         """Send what was drawn on its way to the host."""
         done = None
@@ -353,7 +380,7 @@ class Executor:
             drawn = buffer[: len(drawn)].copy_(drawn, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return PendingStep(len(plan.rows), drawing, drawn, done, logprobs, prompt_logprobs)
+        return PendingStep(len(plan.rows), drawing, drawn, done, logprobs, prompt_logprobs, vectors)
 
 
 def _marked(drawn: Drawn) -> Tensor:

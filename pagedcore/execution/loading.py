@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from pagedcore.execution.executor import Executor
 from pagedcore.execution.kv_cache import CacheMaker, profile
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.model_choice import choose_model
+from pagedcore.execution.model_config import complete_config
 from pagedcore.execution.ops import LayerCache, Ops
+from pagedcore.execution.pooled_model import longest_prompt, pooling_of, task_of
 from pagedcore.execution.quantizer import Quantizer, Unquantized
 from pagedcore.execution.random_weights import RandomCheckpoint
 from pagedcore.plugins import choose, collect
@@ -47,21 +50,22 @@ def build_executor(
         if config.model.load_format == "dummy"
         else Checkpoint(folder)
     )
-    of_model = checkpoint.config
-    model_class = choose_model(config.model.model_impl, of_model, plugins)
+    model_class = choose_model(config.model.model_impl, checkpoint.config, plugins)
+    of_model = complete_config(checkpoint.config, model_class)
     quantizer = _choose_quantizer(config, of_model, plugins)
     dtype = choose_dtype(config.model.dtype, checkpoint.dtype, device)
     ops = _choose_backend(config, device, dtype, plugins)
     own_length = longest_context(of_model)
     asked = config.model.max_model_len
     _check_asked_length(asked, own_length)
-    config = config.resolve(
+    resolve = partial(
+        config.resolve,
         usage=usage,
         device_memory_gib=total_bytes(device) / memory.GIB if device.type == "cuda" else None,
         is_a100=device.type == "cuda" and "A100" in torch.cuda.get_device_name(device),
-        max_model_len=own_length if asked in (None, -1) else asked,
         block_size=ops.block_size,
     )
+    config = resolve(max_model_len=own_length if asked in (None, -1) else asked)
     available = available_bytes(config, device)
     build = ModelBuild(
         config=of_model,
@@ -74,6 +78,13 @@ def build_executor(
     )
     meta = model_class(build)
     checkpoint.check_all_taken()
+    pooling = pooling_of(meta, of_model, folder)
+    if not group_layers(meta.cache_specs):  # it sees prompts whole
+        own_length = longest_prompt(meta, own_length)
+        _check_asked_length(asked, own_length)
+        config = resolve(
+            max_model_len=own_length if asked in (None, -1) else asked, chunks_prompts=False
+        )
     if isinstance(quantizer, Unquantized):  # others know best what becomes of the bytes
         memory.check_weights_fit(checkpoint.num_bytes, available)
     groups = group_layers(meta.cache_specs)
@@ -114,6 +125,8 @@ def build_executor(
         logits_processors=collect(plugins, "pagedcore_logits_processors"),
         groups=groups,
         num_blocks=num_blocks,
+        task=task_of(meta),
+        pooling=pooling,
         startup_seconds={"weights": loaded - started, "profile": time.perf_counter() - loaded},
     )
 
@@ -147,8 +160,8 @@ def longest_context(config: Mapping[str, Any]) -> int:
 def _stretch(config: Mapping[str, Any]) -> float:
     """How many times longer rotary scaling makes a context than max_position_embeddings says."""
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(scaling, Mapping):
-        return 1.0
+    if not isinstance(scaling, Mapping) or config.get("rope_local_base_freq"):
+        return 1.0  # with two rotary bases, as Gemma 3 has, configs say the scaled length
     kind = scaling.get("rope_type", scaling.get("type"))
     factor = scaling.get("factor")
     if kind not in ("linear", "dynamic", "yarn") or not isinstance(factor, int | float):

@@ -86,6 +86,8 @@ def count_blocks(cache: CacheConfig, available: int, block_bytes: int) -> int:
         return cache.num_gpu_blocks_override
     if cache.kv_cache_memory_bytes is not None:
         available = cache.kv_cache_memory_bytes
+    if block_bytes == 0:  # a model that keeps nothing of the past: a pool has two at least
+        return 2
     return max(available, 0) // block_bytes
 
 

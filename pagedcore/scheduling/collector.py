@@ -53,6 +53,8 @@ class Collector:
             output = StepOutput(plan.request_ids[produced], result.tokens[produced], finished)
             self._append(rows, tokens)
             may_end = True
+            if result.vectors:
+                _give_vectors(step, result, produced, output)
         if may_end:
             ends += self._ends_of(rows, tokens)
         self.num_tokens += len(output.tokens)
@@ -199,3 +201,16 @@ class Collector:
             if self._roster.find(sequence.request.id) is sequence:
                 self._roster.recompute(sequence)
         return finished
+
+
+def _give_vectors(
+    step: StepInFlight, result: StepResult, produced: Bool, output: StepOutput
+) -> None:
+    """Let sequences that wanted a vector have that, and no token."""
+    ids = step.plan.request_ids
+    drawn = produced.copy()
+    for index, vector in result.vectors.items():
+        if produced[index]:
+            output.vectors[int(ids[index])] = vector
+            drawn[index] = False
+    output.request_ids, output.tokens = ids[drawn], result.tokens[drawn]

@@ -49,7 +49,7 @@ class Pager:
 
     def prefix_length(self, prefix: Prefix) -> int:
         """Positions that a prefix holds."""
-        return len(prefix[0]) * self._block_size
+        return len(prefix[0]) * self._block_size if prefix else 0
 
     def num_needed(self, length: int, num_scheduled: int, prefix: Prefix | None = None) -> int:
         """Blocks that a sequence of `length` tokens holds at most at a time, in all groups,
@@ -70,7 +70,7 @@ class Pager:
     def adopt(self, row: int, prefix: Prefix) -> None:
         """Begin a row's tables with a cached prefix."""
         table = self._table
-        length = len(prefix[0])
+        length = len(prefix[0]) if prefix else 0
         for group, blocks in enumerate(prefix):
             self._pool.touch(blocks)
             self._write(group, row, 0, blocks)

@@ -44,7 +44,9 @@ class PrefixCache:
 
     def reads(self, sequence: SequenceState) -> bool:
         """Whether it may begin with cached blocks (KV-10); a child's prompt is not scored."""
-        params = sequence.request.params
+        params, pooling = sequence.request.params, sequence.request.pooling
+        if pooling is not None and pooling.needs_all:
+            return False
         scores = params.prompt_logprobs is not None and not sequence.is_child
         return self._hasher is not None and not scores and not params.skip_reading_prefix_cache
 

@@ -99,13 +99,16 @@ class Roster:
     def _new(self, request: Request, number: int) -> SequenceState:
         most = request.params.max_tokens
         length = len(request.prompt_token_ids)
+        longest = self.longest
+        if request.pooling is not None:  # its vector takes the place of a token, and no block
+            most, longest = 1, length + 1
         seed = request.params.seed
         sequence = SequenceState(
             request=request,
             number=number,
             seed=self._random.getrandbits(63) if seed is None else seed,
             order=self.policy.order(request),
-            end=self.longest if most is None else min(length + most, self.longest),
+            end=longest if most is None else min(length + most, longest),
             born=self.table.next_ticket,
         )
         self._live[request.id] = sequence

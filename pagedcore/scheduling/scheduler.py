@@ -93,6 +93,8 @@ class Scheduler:
         """
         self._check_new([request, *forks])
         self._check_length(request)
+        if request.pooling is not None and forks:
+            raise RequestError("a request for a vector has one choice", "n")
         for fork in forks:
             if not np.array_equal(fork.prompt_token_ids, request.prompt_token_ids):
                 raise RequestError("all choices of a request must have one prompt", "prompt")
@@ -111,6 +113,8 @@ class Scheduler:
         parent = self._roster.find(request_id)
         if parent is None:
             raise RequestError(f"no live request has the id {request_id}", "request_id")
+        if parent.request.pooling is not None:
+            raise RequestError("a request for a vector cannot be forked", "request_id")
         if not 1 <= len(children) <= MAX_CHILDREN:
             raise RequestError(f"a fork makes 1..{MAX_CHILDREN} children, not {len(children)}", "n")
         self._check_new(children)
@@ -236,13 +240,14 @@ class Scheduler:
         length = len(request.prompt_token_ids)
         if length == 0:
             raise RequestError("the prompt must not be empty", "prompt")
-        if length >= self._longest:
-            blocks = self._pager.num_needed(length + 1, length)
+        num_outputs = 0 if request.pooling is not None else 1
+        if length + num_outputs > self._longest:
+            blocks = self._pager.num_needed(length + num_outputs, length)
             raise RequestError(
                 f"the prompt has {length} tokens and needs {blocks} blocks of {self._block_size} "
                 f"for them and its output; the cache holds {self._pool.num_blocks - 1} blocks, and "
                 f"max_model_len is {self._max_model_len}: shorten the prompt to at most "
-                f"{self._longest - 1} tokens",
+                f"{self._longest - num_outputs} tokens",
                 "prompt",
             )
 

@@ -26,6 +26,8 @@ def why_ended(request: Request, outputs: Int32, end: int) -> End | None:
 
     `end` is the length, prompt included, at which it ends at the latest.
     """
+    if request.pooling is not None:  # what it got is its vector
+        return FinishReason.STOP, None
     params = request.params
     token = int(outputs[-1])
     if token == request.eos_token_id and not params.ignore_eos:

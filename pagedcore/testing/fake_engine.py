@@ -12,14 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pagedcore.config import EngineConfig, Usage
 from pagedcore.engine.info import EngineInfo
 from pagedcore.errors import ConfigError, OverloadedError, RequestError
+from pagedcore.pooling import PoolingInfo, PoolingParams, Task
 from pagedcore.request import FinishReason, Request, SamplingParams
 from pagedcore.step import Finished, StepOutput, TokenLogprobs
 
 _PAUSED_STEP_S = 0.001
+
+VECTOR_SIZE = 8
+"""Elements of a fake engine's vectors."""
 
 Reply = Callable[[Request], Iterable[int]]
 """Gives the tokens of a request; where they end, so does the sequence, with `stop`."""
@@ -30,6 +35,18 @@ def echo(request: Request) -> Iterator[int]:
     tokens = request.prompt_token_ids.tolist()
     start = (request.params.seed or 0) % len(tokens)
     return itertools.islice(itertools.cycle(tokens), start, None)
+
+
+def fake_vector(prompt: Sequence[int], params: PoolingParams) -> NDArray[np.float32]:
+    """How often each remainder of division by VECTOR_SIZE is among the tokens; what `scores` are is
+    the share of distinct tokens. `params` are settled.
+    """
+    tokens = np.asarray(prompt, np.int64)
+    if params.pooling == "scores":
+        return np.array([len(set(tokens.tolist())) / len(tokens)], np.float32)
+    vector = np.bincount(tokens % VECTOR_SIZE, minlength=VECTOR_SIZE).astype(np.float32)
+    vector = vector[: params.dimensions]
+    return vector / max(np.float32(np.linalg.norm(vector)), 1) if params.normalize else vector
 
 
 def build_fake_engine(config: EngineConfig, *, usage: Usage) -> "FakeEngine":
@@ -78,6 +95,7 @@ class FakeEngine:
         vocab_size: int = 512,
         max_num_seqs: int = 64,
         max_num_queued_reqs: int = 8192,
+        task: Task = "generate",
     ) -> None:
         """Make an engine that has nothing to do.
 
@@ -93,6 +111,10 @@ class FakeEngine:
             block_size=16,
             num_blocks=1 + max_num_seqs * -(-max_model_len // 16),
             max_num_seqs=max_num_seqs,
+            task=task,
+            pooling=PoolingInfo(
+                size=VECTOR_SIZE, is_matryoshka=True, num_labels=1 if task == "classify" else 0
+            ),
         )
         self.aborted: list[int] = []
         """Ids of sequences that were aborted before their end, in order."""
@@ -124,9 +146,10 @@ class FakeEngine:
         """Queue a request and its other choices; raises RequestError or OverloadedError."""
         family = (request, *forks)
         length = len(request.prompt_token_ids)
-        if length >= self.info.max_model_len:
+        most = self.info.max_model_len - (request.pooling is None)
+        if length > most:
             raise RequestError(
-                f"the prompt has {length} tokens; at most {self.info.max_model_len - 1} fit",
+                f"the prompt has {length} tokens; at most {most} fit",
                 "prompt",
             )
         with self._changed:
@@ -269,6 +292,14 @@ class FakeEngine:
         self._admit(output)
         ids, tokens = [], []
         for request_id, sequence in list(self._running.items()):
+            pooling = sequence.request.pooling
+            if pooling is not None:
+                prompt = sequence.request.prompt_token_ids.tolist()
+                output.vectors[request_id] = fake_vector(prompt, pooling)
+                output.finished.append(Finished(request_id, FinishReason.STOP))
+                self._num_ended[FinishReason.STOP] += 1
+                del self._running[request_id]
+                continue
             token = next(sequence.tokens, None)
             if token is not None:
                 sequence.produced.append(token)

@@ -36,6 +36,20 @@ class EngineInput:
     """`params.bad_words` in tokens, each with and without a leading space (SAMPLE-8)."""
 
 
+@dataclass(frozen=True, slots=True)
+class PooledInput:
+    """One prompt that becomes a vector, or a pair of texts that becomes scores."""
+
+    prompt: str | None
+    """The text that was asked for, the second of two; None when the prompt was token ids."""
+
+    prompt_token_ids: list[int]
+    """Not empty, all in the vocabulary, at most as many as the model's length."""
+
+    num_first: int | None = None
+    """Tokens of the first of two texts, for models that tell them apart."""
+
+
 class InputProcessor:
     """Turns prompts into `EngineInput`s, with the model's own defaults and limits.
 
@@ -170,6 +184,70 @@ class InputProcessor:
         ids = self._encode(text, add_special_tokens, "messages")
         return self._input(text, ids, params, truncate_prompt_tokens, "messages")
 
+    def pooled(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        add_special_tokens: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        param: str = "input",
+    ) -> PooledInput:
+        """A prompt that becomes a vector: text, or token ids that are taken as they are.
+
+        It may be as long as the model's length. `truncate_prompt_tokens=k` keeps the first k
+        tokens, and those that are put behind a text; -1 as many as fit. `param` is what errors
+        call it.
+        """
+        kept = self.max_model_len
+        if truncate_prompt_tokens not in (None, -1):
+            kept = self._num_kept(truncate_prompt_tokens)
+        cut = truncate_prompt_tokens is not None
+        if not isinstance(prompt, str):
+            ids = _token_ids(prompt, param)
+            return PooledInput(None, self._fitting(ids[:kept] if cut else ids, param))
+        ids = self._encode(prompt, add_special_tokens, param)
+        if cut and len(ids) > kept:
+            num_behind = self.tokenizer.num_behind if add_special_tokens else 0
+            num_behind = min(num_behind, kept - 1)
+            ids = ids[: kept - num_behind] + ids[len(ids) - num_behind :]
+        return PooledInput(prompt, self._fitting(ids, param))
+
+    def pair(
+        self,
+        first: str,
+        second: str,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        param: str = "documents",
+    ) -> PooledInput:
+        """Two texts in one prompt, for a classifier of pairs, as the tokenizer joins them.
+
+        `truncate_prompt_tokens` is as in `pooled`; what is cut is the second text.
+        """
+        kept = self.max_model_len
+        if truncate_prompt_tokens not in (None, -1):
+            kept = self._num_kept(truncate_prompt_tokens)
+        for text in (first, second):
+            if not text:
+                raise RequestError(f"{param} must not hold an empty text", param)
+        try:
+            ids, num_first = self.tokenizer.encode_pair(first, second)
+        except RequestError as error:
+            raise RequestError(f"{param}: {error}", param) from None
+        if truncate_prompt_tokens is not None and len(ids) > kept:
+            ids = ids[: kept - 1] + ids[-1:]
+        return PooledInput(second, self._fitting(ids, param), num_first)
+
+    def _fitting(self, ids: list[int], param: str) -> list[int]:
+        self._check_ids(ids, param)
+        if len(ids) > self.max_model_len:
+            raise RequestError(
+                f"{param} has {len(ids)} tokens; the model takes at most {self.max_model_len}: "
+                "shorten it, or keep its beginning with truncate_prompt_tokens",
+                param,
+            )
+        return ids
+
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         if not text:
             raise RequestError(f"{param} must not be empty", param)
@@ -188,13 +266,7 @@ class InputProcessor:
     ) -> EngineInput:
         if truncate_prompt_tokens is not None:
             ids = ids[-self._num_kept(truncate_prompt_tokens) :]
-        if not ids:
-            raise RequestError(f"{param} must have at least one token", param)
-        for token in (min(ids), max(ids)):
-            if not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"{param} holds token id {token}, outside 0..{self.vocab_size - 1}", param
-                )
+        self._check_ids(ids, param)
         params.check_vocabulary(self.vocab_size)
         return EngineInput(
             text,
@@ -203,6 +275,15 @@ class InputProcessor:
             self.eos_token_id,
             self._bad_words(params.bad_words),
         )
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        if not ids:
+            raise RequestError(f"{param} must have at least one token", param)
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"{param} holds token id {token}, outside 0..{self.vocab_size - 1}", param
+                )
 
     def _num_kept(self, asked: int) -> int:
         if isinstance(asked, bool) or not isinstance(asked, int) or (asked < 1 and asked != -1):
@@ -257,8 +338,8 @@ class InputProcessor:
         return [ids for ids in found if ids]
 
 
-def _token_ids(prompt: Sequence[int]) -> list[int]:
+def _token_ids(prompt: Sequence[int], param: str = "prompt") -> list[int]:
     ids = list(prompt)
     if not set(map(type, ids)) <= {int}:
-        raise RequestError("prompt must be text or a list of token ids (integers)", "prompt")
+        raise RequestError(f"{param} must be text or a list of token ids (integers)", param)
     return ids

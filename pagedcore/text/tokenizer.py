@@ -87,6 +87,26 @@ class Tokenizer:
             ) from None
         return self._prefix + ids + self._suffix if add_special_tokens else ids
 
+    @property
+    def num_behind(self) -> int:
+        """Tokens that `encode` puts behind a text."""
+        return len(self._suffix)
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
+        """The token ids of two texts in one prompt, with the special tokens around them.
+
+        With them, how many are of the first text, for tokenizers that give the second another
+        type. Raises RequestError for a text that has no UTF-8 form.
+        """
+        try:
+            pair = self._backend.encode(first, second)
+        except TypeError:
+            raise RequestError(
+                "text must be valid Unicode, without unpaired surrogates (U+D800..U+DFFF)"
+            ) from None
+        types = pair.type_ids
+        return pair.ids, types.index(1) if 1 in types else None
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary add nothing."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -66,7 +66,7 @@ def test_a_plan_becomes_the_tokens_positions_and_slots_it_stands_for(data):
     samples = rng.random(len(rows)) < 0.5
     plan = StepPlan(rows, computed, counts.astype(np.int32), samples, num_single)
 
-    step = to_device(plan, state, BLOCK)
+    step = to_device(plan, np.flatnonzero(plan.samples), state, BLOCK)
 
     token = 0
     for i, row in enumerate(rows.tolist()):

@@ -14,6 +14,7 @@ CONTRACT = {
     "hookspecs",
     "metrics",
     "plugins",
+    "pooling",
     "request",
     "server_config",
     "step",

@@ -346,7 +346,7 @@ PLANS = [
     Mutant(
         "deadlock on an oversized head",
         "scheduler",
-        "if length >= self._longest:",
+        "if length + num_outputs > self._longest:",
         "if length >= self._max_model_len:",
     ),
     Mutant(
