@@ -63,9 +63,6 @@ class StepBatch:
     token_types: Tensor | None = None
     """[T] int64. 1 for tokens of the second of two texts, else 0; None is all 0."""
 
-    token_types: Tensor | None = None
-    """[T] int64. 1 for tokens of the second of two texts, else 0; None is all 0."""
-
 
 @dataclass(slots=True)
 class LayerCache:
