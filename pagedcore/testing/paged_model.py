@@ -13,6 +13,7 @@ from torch import Tensor
 from pagedcore.cache_spec import group_layers
 from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.model import Model, ModelBuild
+from pagedcore.execution.model_config import complete_config
 from pagedcore.execution.ops import LayerCache, Ops, StepBatch
 from pagedcore.execution.quantizer import Quantizer, Unquantized
 from pagedcore.execution.torch_ops import TorchOps
@@ -38,7 +39,7 @@ class PagedModel:
         device = torch.device("cpu")
         checkpoint = Checkpoint(folder)
         build = ModelBuild(
-            config=checkpoint.config,
+            config=complete_config(checkpoint.config, model_class),
             weights=checkpoint.shapes(dtype),
             quantizer=quantizer or Unquantized(),
             ops=self.ops,

@@ -6,7 +6,7 @@ qwen2.py           Qwen2ForCausalLM: biases on queries, keys and values
 qwen3.py           Qwen3ForCausalLM: norms on queries and keys
 qwen3_moe.py       Qwen3MoeForCausalLM: a mixture of experts in place of the MLP
 gemma2.py          Gemma2ForCausalLM: norms on both sides, capped scores, windows
-gemma3.py          Gemma3ForCausalLM: two rotary bases, norms on queries and keys
+gemma3.py          Gemma3ForCausalLM, and Gemma3ForConditionalGeneration's text: two rotary bases
 mixtral.py         MixtralForCausalLM: a mixture of experts in a Mistral
 qwen2_moe.py       Qwen2MoeForCausalLM: a mixture of experts, and one that all tokens take
 phi3.py            Phi3ForCausalLM: Phi-3 and Phi-4, fused weights
@@ -46,6 +46,7 @@ MODULES = {
     "GPT2LMHeadModel": "gpt2",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
     "Glm4ForCausalLM": "glm",
     "GlmForCausalLM": "glm",
     "GraniteForCausalLM": "granite",

@@ -7,6 +7,16 @@ MIXTURE = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, n
 NO_PAD = dict(pad_token_id=None)
 """For families whose padding token is not in a vocabulary so small."""
 
+GEMMA_3 = {
+    **SIZES,
+    "model_type": "gemma3_text",
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 8,
+    "num_hidden_layers": 7,
+    "tie_word_embeddings": True,
+}
+
 CASES = {
     "LlamaForCausalLM": ModelCase(
         family="Llama 2, 3, 3.1 and 3.2 (text); SmolLM2",
@@ -133,17 +143,9 @@ CASES = {
     ),
     "Gemma3ForCausalLM": ModelCase(
         family="Gemma 3 (text): 270M, 1B",
-        config={
-            **SIZES,
-            "model_type": "gemma3_text",
-            "head_dim": 32,
-            "query_pre_attn_scalar": 24,
-            "sliding_window": 8,
-            "num_hidden_layers": 7,
-            "tie_word_embeddings": True,
-        },
+        config=GEMMA_3,
         variants={
-            "scaled rope and caps": {
+            "scaled rope and a cap": {
                 "layer_types": ["sliding_attention", "full_attention"],
                 "num_hidden_layers": 2,
                 "rope_parameters": {
@@ -154,6 +156,29 @@ CASES = {
             },
         },
         notes="blocks that a window has left are freed",
+    ),
+    "Gemma3ForConditionalGeneration": ModelCase(
+        family="Gemma 3: 4B, 12B, 27B",
+        config={
+            "model_type": "gemma3",
+            "vocab_size": SIZES["vocab_size"],
+            "text_config": GEMMA_3,
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 300,
+            "eoi_token_index": 301,
+            "image_token_index": 302,
+        },
+        reference="AutoModelForImageTextToText",
+        notes="texts only; blocks that a window has left are freed",
     ),
     "MixtralForCausalLM": ModelCase(
         family="Mixtral",

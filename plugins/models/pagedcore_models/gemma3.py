@@ -1,9 +1,14 @@
 """Gemma 3: a Gemma 2 with norms on the heads, and two rotary bases: for near and for all."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
 from pagedcore.execution.config_fields import ConfigFields
 from pagedcore.execution.layers import Attention, DecoderLayer
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import RopeTable
+from pagedcore.execution.renamed_weights import RenamedWeights
 from pagedcore.execution.rope import make_rope
 from pagedcore_models.decoder import DecoderSizes, sliding_layers
 from pagedcore_models.gemma2 import GemmaDecoder, gemma_layer, read_gemma_sizes
@@ -46,6 +51,26 @@ class Gemma3ForCausalLM(GemmaDecoder):
         kinds = sliding_layers(fields, sizes.num_layers) or all_but_each_last
         layers = [layer(f"model.layers.{i}", is_sliding) for i, is_sliding in enumerate(kinds)]
         super().__init__(build, sizes, layers)
+
+
+class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
+    """The texts of Gemma 3 4B, 12B and 27B, which see images, too."""
+
+    config_defaults: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+        "rope_local_base_freq": 10000.0,
+    }
+    """What such a config.json leaves out; see `complete_config`."""
+
+    def __init__(self, build: ModelBuild) -> None:
+        """See `Model`."""
+        for part in ("vision_tower.", "multi_modal_projector."):
+            build.weights.ignore(part)
+        names = {"model": "language_model.model", "lm_head": "language_model.lm_head"}
+        super().__init__(replace(build, weights=RenamedWeights(build.weights, names)))
 
 
 def _ropes(build: ModelBuild, sizes: DecoderSizes) -> tuple[RopeTable, RopeTable]:

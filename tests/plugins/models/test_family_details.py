@@ -6,7 +6,11 @@ import pytest
 import torch
 
 import pagedcore_models
+from pagedcore.execution.checkpoint import read_config
+from pagedcore.execution.loading import longest_context
+from pagedcore.execution.model_config import complete_config
 from pagedcore.testing.tiny_models import greedy_tokens, save_tiny_model
+from pagedcore_models.gemma3 import Gemma3ForConditionalGeneration
 from pagedcore_quantization.fp8 import Fp8
 
 CASES = pagedcore_models.pagedcore_model_cases()
@@ -77,6 +81,26 @@ def test_gemma_3_may_be_described_as_before_transformers_5(paged, prompts, tmp_p
     )
     ours = paged(tmp_path).step({0: prompts[0]})[0]
     assert close(ours, logits_of(reference, prompts[0]))
+
+
+def test_a_gemma_3_with_images_may_leave_out_what_is_usual_and_is_as_long_as_it_says(
+    paged, prompts, tmp_path
+):
+    """As the published ones do, and they scale positions without making the context longer."""
+    case = CASES["Gemma3ForConditionalGeneration"]
+    usual = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=256, rope_theta=1e6)
+    text = {**case.config["text_config"], **usual, "num_hidden_layers": 2}
+    text["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    text["max_position_embeddings"] = 131_072
+    reference = save_tiny_model(tmp_path, case.config, reference=case.reference, text_config=text)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["text_config"]
+    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
+    kept = {name: written[name] for name in (*names, "sliding_window", "query_pre_attn_scalar")}
+    change_config(tmp_path, text_config={**kept, "rope_scaling": text["rope_scaling"]})
+    ours = paged(tmp_path).step({0: prompts[0]})[0]
+    assert close(ours, logits_of(reference, prompts[0]))
+    config = complete_config(read_config(tmp_path), Gemma3ForConditionalGeneration)
+    assert longest_context(config) == 131_072
 
 
 @pytest.mark.parametrize(
