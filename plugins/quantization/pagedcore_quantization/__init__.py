@@ -1,9 +1,15 @@
 """Weight formats, by the names that `--quantization` and checkpoints give them.
 
-fp8.py      fp8: 16-bit weights rounded to 8 bits while they are loaded; and how 8 bits multiply
-stored.py   weights that a checkpoint holds in 8 bits: fp8, compressed-tensors, fbgemm_fp8
-formats.py  the quantization_config that such a checkpoint has
-modules.py  the layers that it names as left alone
+fp8.py           16-bit weights rounded to float8 while they are loaded; and how those multiply
+stored.py        float8 weights of a checkpoint: fp8, fbgemm_fp8, and a part of compressed-tensors
+compressed.py    compressed-tensors: floats, whole numbers or packed words, as schemes.py reads
+gptq.py, awq.py  codes of 4 or 8 bits in words
+bitsandbytes.py  NF4, FP4 and INT8, without that library
+gguf.py          blocks of GGUF files, kept as they are
+packed.py        what formats of few bits share: parts become a matrix, experts are widened
+int8.py          whole numbers on both sides of a product
+formats.py       the quantization_config that a checkpoint has
+modules.py       the layers that it names
 """
 
 from collections.abc import Callable, Mapping
@@ -21,26 +27,56 @@ pagedcore_requires = ">=1,<2"
 def pagedcore_quantizers() -> Mapping[str, Callable[[Mapping[str, Any]], "Quantizer"]]:
     """See `pagedcore.hookspecs`."""
     return {
-        "fp8": _fp8,
+        "awq": _awq,
+        "bitsandbytes": _bitsandbytes,
         "compressed-tensors": _compressed_tensors,
         "fbgemm_fp8": _fbgemm_fp8,
+        "fp8": _fp8,
+        "gguf": _gguf,
+        "gptq": _gptq,
     }
 
 
 def _fp8(settings: Mapping[str, Any]) -> "Quantizer":
+    from pagedcore_quantization.formats import read_format
     from pagedcore_quantization.fp8 import Fp8
     from pagedcore_quantization.stored import StoredFp8
 
-    return StoredFp8("fp8", settings) if settings else Fp8()
-
-
-def _compressed_tensors(settings: Mapping[str, Any]) -> "Quantizer":
-    from pagedcore_quantization.stored import StoredFp8
-
-    return StoredFp8("compressed-tensors", settings)
+    return StoredFp8("fp8", read_format("fp8", settings)) if settings else Fp8()
 
 
 def _fbgemm_fp8(settings: Mapping[str, Any]) -> "Quantizer":
+    from pagedcore_quantization.formats import read_format
     from pagedcore_quantization.stored import StoredFp8
 
-    return StoredFp8("fbgemm_fp8", settings)
+    return StoredFp8("fbgemm_fp8", read_format("fbgemm_fp8", settings))
+
+
+def _compressed_tensors(settings: Mapping[str, Any]) -> "Quantizer":
+    from pagedcore_quantization.compressed import CompressedTensors
+
+    return CompressedTensors("compressed-tensors", settings)
+
+
+def _awq(settings: Mapping[str, Any]) -> "Quantizer":
+    from pagedcore_quantization.awq import Awq
+
+    return Awq("awq", settings)
+
+
+def _gptq(settings: Mapping[str, Any]) -> "Quantizer":
+    from pagedcore_quantization.gptq import Gptq
+
+    return Gptq("gptq", settings)
+
+
+def _bitsandbytes(settings: Mapping[str, Any]) -> "Quantizer":
+    from pagedcore_quantization.bitsandbytes import BitsAndBytes
+
+    return BitsAndBytes("bitsandbytes", settings)
+
+
+def _gguf(settings: Mapping[str, Any]) -> "Quantizer":
+    from pagedcore_quantization.gguf import Gguf
+
+    return Gguf("gguf", settings)

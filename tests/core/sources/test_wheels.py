@@ -86,7 +86,7 @@ def test_a_wheel_that_is_another_is_refused_and_not_kept(wheel, copying, cache):
 
 
 def test_a_download_is_kept_when_what_follows_fails(wheel, copying, monkeypatch):
-    def stop(path, folder):
+    def stop(path, folder, **options):
         raise KeyboardInterrupt
 
     pinned = sha256(wheel)
