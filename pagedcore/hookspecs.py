@@ -18,6 +18,7 @@ from pagedcore.errors import PluginError
 
 if TYPE_CHECKING:
     from pagedcore.config import EngineConfig
+    from pagedcore.engine.client import EngineClient
     from pagedcore.engine.observers import RequestRecord, StepStats
     from pagedcore.execution.logits_processors import Factory
     from pagedcore.execution.ops import Ops
@@ -99,6 +100,18 @@ def pagedcore_servers() -> Mapping[str, Callable[["EngineConfig", Any], int]]:
     server's configuration, serves until it is told to stop, and returns the exit status.
 
     :returns: such as `{"asgi": serve_bare}`.
+    """
+
+
+@hookspec
+def pagedcore_routes(router: Any, client: "EngineClient") -> None:
+    """Add HTTP routes to the OpenAI surface, whatever mounts it.
+
+    Called once for each front end, before it answers anything. `router` is a `fastapi.APIRouter` of
+    the plugin's own; `client` reaches the engine. What is added stands behind the same limits and
+    keys as our own routes, unless `--auth-exempt-paths` names it. A path that is taken, or any
+    other failure, stops the start with a PluginError that names the plugin. The functions run in
+    the front end's event loop, and must not block it.
     """
 
 

@@ -73,8 +73,8 @@ def collect(manager: pluggy.PluginManager, hook: str) -> dict[str, Any]:
             if name in owner:
                 kind = _kind(hook)
                 raise PluginError(
-                    f"two plugins offer the {kind} {name!r}: {_origin(owner[name])} and "
-                    f"{_origin(impl.plugin_name)}. Start with --disable-plugin for one of them."
+                    f"two plugins offer the {kind} {name!r}: {origin(owner[name])} and "
+                    f"{origin(impl.plugin_name)}. Start with --disable-plugin for one of them."
                 )
             merged[name], owner[name] = thing, impl.plugin_name
     return merged
@@ -88,8 +88,8 @@ def choose(manager: pluggy.PluginManager, hook: str, name: str) -> Any:
     return offered[name]
 
 
-def _origin(plugin: str) -> str:
-    """A plugin's name and, where it was installed, its distribution."""
+def origin(plugin: str) -> str:
+    """A plugin's name and, where it is an installed one, its distribution: what errors say."""
     for entry_point in entry_points(group=GROUP):
         if entry_point.name == plugin and entry_point.dist:
             return f"{plugin} from {entry_point.dist.name}"

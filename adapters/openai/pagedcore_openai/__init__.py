@@ -16,6 +16,7 @@ responses.py         /v1/responses; response_*.py are its input, shapes and stor
 probes.py            health, load and /metrics
 metrics.py           the page of /metrics; counters.py and timing.py are what fills it
 errors.py            exceptions into OpenAI's error bodies
+plugin_routes.py     what plugins add
 unbuilt.py           routes that say what they are not, and those that change the server
 chat.html            the page at /
 serve.py             the mount "asgi": uvicorn and an engine process that supervisor.py keeps alive

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pluggy
 from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -14,6 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from pagedcore.config import EngineConfig
 from pagedcore.engine.client import EngineClient
 from pagedcore.errors import PagedcoreError
+from pagedcore.plugins import load_plugins
 from pagedcore.server_config import ServerConfig
 from pagedcore_openai.counters import Counters
 from pagedcore_openai.endpoints import Endpoints
@@ -21,6 +23,7 @@ from pagedcore_openai.errors import ApiError, as_api_error
 from pagedcore_openai.gate import Gate
 from pagedcore_openai.intake import Intake
 from pagedcore_openai.openapi import describe, document
+from pagedcore_openai.plugin_routes import add_plugin_routes
 from pagedcore_openai.probes import Probes
 from pagedcore_openai.response_store import ResponseStore
 from pagedcore_openai.responses import Responses
@@ -54,12 +57,14 @@ def build_app(
     counters: Counters | None = None,
     slot: int = 0,
     responses: ResponseStore | None = None,
+    plugins: pluggy.PluginManager | None = None,
 ) -> FastAPI:
     """The surface of the engine that `client` reaches, for one event loop.
 
     Where several processes serve one engine, `counters` is made before they are forked, and each
     has its own `slot` in it: /metrics then tells of all of them. Where one process serves several
-    engines as one, their surfaces share `responses`.
+    engines as one, their surfaces share `responses`. `plugins` are those that may add routes: by
+    default all that `config` lets in. Raises PluginError for one whose routes cannot be added.
 
     It answers from the start and serves once the engine is ready. Its lifespan starts and ends
     it; where that is not run, the first request starts it. `app.state.surface` is its `Surface`.
@@ -102,6 +107,9 @@ def build_app(
     add_unbuilt(app, surface)
     app.add_api_route("/", _chat_page, methods=["GET"], **describe(media_type="text/html"))
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], **describe())
+    execution = config.execution
+    plugins = plugins or load_plugins(execution.disable_plugin, execution.only_plugin)
+    add_plugin_routes(app, client, plugins)
     return app
 
 

@@ -93,8 +93,9 @@ def document(app: FastAPI) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     schemas: dict[str, Any] = {"Error": _ERROR}
     for route in app.routes:
-        if not isinstance(route, APIRoute) or route.openapi_extra is None:
-            continue
+        if not isinstance(route, APIRoute) or "about" not in (route.openapi_extra or {}):
+            continue  # a plugin's
+        assert route.openapi_extra is not None
         about, fields = route.openapi_extra["about"], route.openapi_extra["fields"]
         if fields is not None:
             schemas |= _schemas(fields)
