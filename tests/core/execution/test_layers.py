@@ -14,10 +14,20 @@ from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import LayerCache, StepBatch
 from pagedcore.execution.quantizer import Unquantized
 from pagedcore.execution.random_weights import RandomWeights
+from pagedcore.execution.renamed_weights import RenamedWeights
 from pagedcore.execution.torch_ops import TorchOps
 from pagedcore.testing.tiny_models import tiny_config
 
 META = torch.device("meta")
+
+FAMILIES = [
+    *("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Gemma2", "Gemma3"),
+    *("Granite", "Olmo2", "Phi3", "SmolLM3"),
+]
+CONFIGS = {
+    f"{family}ForCausalLM": pagedcore_models.pagedcore_model_cases()[f"{family}ForCausalLM"].config
+    for family in FAMILIES
+}
 
 
 class ShapeOps(TorchOps):
@@ -31,14 +41,14 @@ class ShapeOps(TorchOps):
         self.calls = []
 
     def __getattribute__(self, name):
-        if name in ("linear", "rms_norm", "add_rms_norm", "silu_mul", "pack_linear"):
+        if name in ("linear", "rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "pack_linear"):
             self.calls.append(name)
         return super().__getattribute__(name)
 
     def rope_and_cache(self, qkv, num_heads, rope, norm, cache, batch):
         self.calls.append("rope_and_cache")
         assert qkv.shape[1] == (num_heads + 2 * cache.spec.num_kv_heads) * cache.spec.head_dim
-        assert rope.cos_sin.shape[1] == cache.spec.head_dim
+        assert rope is None or rope.cos_sin.shape[1] == cache.spec.head_dim
 
     def attention(self, qkv, num_heads, scale, cache, batch, soft_cap=None, sinks=None):
         self.calls.append("attention")
@@ -61,13 +71,12 @@ def build_of(ops, config=None, weights=None, device=META):
     )
 
 
-@pytest.fixture(params=["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.fixture(params=CONFIGS)
 def on_meta(request):
     """A family's model without weights, and the operations that it was made with."""
-    config = json.loads(tiny_config(request.param).to_json_string(use_diff=False))
+    config = json.loads(tiny_config(CONFIGS[request.param]).to_json_string(use_diff=False))
     ops = ShapeOps()
-    architecture = type(tiny_config(request.param)).__name__.replace("Config", "ForCausalLM")
-    model = pagedcore_models.pagedcore_models()[architecture]()(build_of(ops, config))
+    model = pagedcore_models.pagedcore_models()[request.param]()(build_of(ops, config))
     return model, ops
 
 
@@ -98,10 +107,7 @@ print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in
 
 def test_looking_at_shapes_does_not_load_a_compiler():
     """Some operations on meta make torch import its compiler: seconds of every start."""
-    configs = {
-        type(config).__name__.replace("Config", "ForCausalLM"): config.to_dict()
-        for config in map(tiny_config, ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
-    }
+    configs = {name: tiny_config(config).to_dict() for name, config in CONFIGS.items()}
     result = subprocess.run(
         [sys.executable, "-c", LOOK_AT_SHAPES],
         input=json.dumps(configs),
@@ -114,9 +120,8 @@ def test_looking_at_shapes_does_not_load_a_compiler():
     assert result.stdout.strip() == "[]"
 
 
-def test_a_step_reads_nothing_on_the_host(on_meta):
-    """A tensor on meta has no content: `item`, `tolist` and the like would fail."""
-    model, ops = on_meta
+def run_a_step(model):
+    """One sequence of one token, and two of three: what comes out has the right shapes."""
 
     def empty(*shape):
         return torch.empty(shape, dtype=torch.int32, device="meta")
@@ -137,8 +142,27 @@ def test_a_step_reads_nothing_on_the_host(on_meta):
     hidden = model.forward(empty(7), batch, caches)
     assert hidden.shape == (7, 64)
     assert model.logits(hidden).shape == (7, model.vocab_size)
+
+
+def test_a_step_reads_nothing_on_the_host(on_meta):
+    """A tensor on meta has no content: `item`, `tolist` and the like would fail."""
+    model, ops = on_meta
+    run_a_step(model)
     assert ops.calls.count("attention") == len(model.cache_specs)
-    assert ops.calls.count("add_rms_norm") == 2 * len(model.cache_specs)
+
+
+def test_a_step_of_a_plain_family_is_no_operation_more_than_it_was():
+    """What other families need costs Llama nothing."""
+    ops = ShapeOps()
+    config = json.loads(tiny_config("llama").to_json_string(use_diff=False))
+    model = pagedcore_models.pagedcore_models()["LlamaForCausalLM"]()(build_of(ops, config))
+    run_a_step(model)
+    calls = {name: ops.calls.count(name) for name in set(ops.calls)}
+    of_layers = {"linear": 4, "add_rms_norm": 2, "silu_mul": 1, "rope_and_cache": 1, "attention": 1}
+    expected = {name: 3 * count for name, count in of_layers.items()}
+    expected["linear"] += 1  # the head
+    expected["rms_norm"] = 1 + expected["add_rms_norm"]  # which the plain torch of one calls
+    assert calls == expected
 
 
 class Named:
@@ -147,6 +171,7 @@ class Named:
     def __init__(self, **tensors):
         self.tensors = {name.replace("_", "."): tensor for name, tensor in tensors.items()}
         self.taken = []
+        self.ignored = []
 
     def has(self, name):
         return name in self.tensors
@@ -157,7 +182,7 @@ class Named:
         return self.tensors[name].clone()
 
     def ignore(self, prefix):
-        pass
+        self.ignored.append(prefix)
 
 
 def head_over(weights):
@@ -193,6 +218,28 @@ def test_a_norm_may_store_its_difference_from_one():
     x = torch.tensor([[2.0, 2.0, -2.0, 2.0]])
     assert torch.allclose(RMSNorm(build, "n", 4, 1e-6, offset=1.0)(x), x / 2)
     assert torch.equal(RMSNorm(build, "n", 4, 1e-6)(x), torch.zeros(1, 4))
+
+
+def test_a_norm_that_stores_its_difference_keeps_the_bits_that_16_have_not():
+    """1 + 0.001 is 1 in bfloat16."""
+    weight = torch.full((4,), 0.001).bfloat16()
+    build = build_of(TorchOps("cpu"), weights=Named(n_weight=weight), device=torch.device("cpu"))
+    x = torch.tensor([[2.0, 2.0, -2.0, 2.0]])
+    expected = x / 2 * (1 + weight.float())
+    torch.testing.assert_close(
+        RMSNorm(build, "n", 4, 1e-12, offset=1.0)(x), expected, rtol=0, atol=1e-6
+    )
+
+
+def test_names_between_dots_may_be_others_in_the_checkpoint():
+    stored = Named(a_w1_weight=torch.ones(2, 2))
+    weights = RenamedWeights(stored, {"gate": "w1", "model": "language.model"})
+    assert weights.has("a.gate.weight")
+    assert not weights.has("a.w2.weight")
+    assert torch.equal(weights.take("a.gate.weight", (2, 2), dim=0), torch.ones(2, 2))
+    assert stored.taken == [("a.w1.weight", 0)]
+    weights.ignore("model.gate.")
+    assert stored.ignored == ["language.model.w1."]
 
 
 class Asked(RandomWeights):
