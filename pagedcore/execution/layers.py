@@ -170,6 +170,7 @@ class Attention:
         window: int | None = None,
         scale: float | None = None,
         soft_cap: float | None = None,
+        has_sinks: bool = False,
         qkv_names: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
         output_name: str = "o_proj",
     ) -> None:
@@ -177,13 +178,17 @@ class Attention:
 
         `qk_norm_offset` is added to the weights of the heads' norms, as in `RMSNorm`.
         `qkv_norm` changes [T, (H + 2K) * D] in place before the rotation, where the norm is another
-        than `QKNorm`. A single one of `qkv_names` holds queries, keys and values below each other.
+        than `QKNorm`. `has_sinks` takes one more score of each head, without a value (see
+        `Ops.attention`), from `{prefix}.sinks`. A single one of `qkv_names` holds queries, keys and values below each other.
         """
         self.cache_spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
         self._ops = build.ops
         self._num_heads = num_heads
         self._scale = head_dim**-0.5 if scale is None else scale
         self._soft_cap = soft_cap
+        self._sinks: Tensor | None = None
+        if has_sinks:
+            self._sinks = build.weights.take(f"{prefix}.sinks", (num_heads,), dtype=torch.float32)
         self._rope = rope
         self._qkv_norm = qkv_norm
         build.weights.ignore(f"{prefix}.rotary_emb.")  # frequencies that old checkpoints hold
@@ -219,7 +224,13 @@ class Attention:
             self._qkv_norm(qkv)
         self._ops.rope_and_cache(qkv, self._num_heads, self._rope, self._norm, cache, batch)
         mixed = self._ops.attention(
-            qkv, self._num_heads, self._scale, cache, batch, soft_cap=self._soft_cap
+            qkv,
+            self._num_heads,
+            self._scale,
+            cache,
+            batch,
+            soft_cap=self._soft_cap,
+            sinks=self._sinks,
         )
         return self._output(mixed)
 

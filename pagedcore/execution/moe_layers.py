@@ -8,14 +8,47 @@ As in `layers.py`, a layer takes its weights when it is made, and reads nothing 
 import torch
 from torch import Tensor
 
-from pagedcore.execution.expert_ops import Routing
+from pagedcore.execution.expert_ops import Clamp, Routing
 from pagedcore.execution.layers import GatedMLP
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.quantized import Activations
+from pagedcore.execution.quantizer import ExpertsMethod
+from pagedcore.execution.stacked_experts import stacked_experts
 
 
-class SparseMoE:
-    """A mixture of gated MLPs, of which each token takes some."""
+class Mixture:
+    """Some MLPs of many for each token, which a router chooses."""
+
+    def __init__(
+        self,
+        build: ModelBuild,
+        routing: Routing,
+        router: Tensor,
+        experts: ExpertsMethod,
+        *,
+        router_bias: Tensor | None = None,
+    ) -> None:
+        """The router's weight is [E, h], its bias [E], in the model's type."""
+        self._ops = build.ops
+        self._routing = routing
+        self._router = router if router.is_meta else build.ops.pack_linear(router)
+        self._router_bias = router_bias
+        self._experts = experts
+
+    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """See `Consumer.wants_quantized`: the router reads the rows as they are."""
+        return False
+
+    def __call__(self, x: Activations) -> Tensor:
+        """x [T, h] to [T, h]."""
+        assert isinstance(x, Tensor), "nobody asked for 8 bits"
+        scores = self._ops.linear(x, self._router, self._router_bias)
+        weights, chosen = self._ops.route(scores, self._routing)
+        return self._experts.apply(x, weights, chosen)
+
+
+class SparseMoE(Mixture):
+    """A mixture of gated MLPs, each of which has tensors of its own."""
 
     def __init__(
         self,
@@ -29,23 +62,47 @@ class SparseMoE:
         normalize: bool,
     ) -> None:
         """`normalize` makes the weights of the chosen experts sum to 1."""
-        self._ops = build.ops
-        self._routing = Routing(num_chosen=num_chosen, normalize=normalize)
-        router = build.weights.take(f"{prefix}.gate.weight", (num_experts, h))
-        self._router = router if router.is_meta else build.ops.pack_linear(router)
-        self._experts = build.quantizer.experts(
-            build.weights, build.ops, f"{prefix}.experts", num_experts, h, width
+        super().__init__(
+            build,
+            Routing(num_chosen=num_chosen, normalize=normalize),
+            build.weights.take(f"{prefix}.gate.weight", (num_experts, h)),
+            build.quantizer.experts(
+                build.weights, build.ops, f"{prefix}.experts", num_experts, h, width
+            ),
         )
 
-    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
-        """See `Consumer.wants_quantized`: the router reads the rows as they are."""
-        return False
 
-    def __call__(self, x: Activations) -> Tensor:
-        """x [T, h] to [T, h]."""
-        assert isinstance(x, Tensor), "nobody asked for 8 bits"
-        weights, chosen = self._ops.route(self._ops.linear(x, self._router), self._routing)
-        return self._experts.apply(x, weights, chosen)
+class StackedMoE(Mixture):
+    """A mixture of clamped MLPs with biases, whose tensors hold all of them (GPT-OSS)."""
+
+    def __init__(
+        self,
+        build: ModelBuild,
+        prefix: str,
+        h: int,
+        width: int,
+        *,
+        num_experts: int,
+        num_chosen: int,
+        clamp: Clamp,
+    ) -> None:
+        """The weights of the chosen experts sum to 1."""
+        super().__init__(
+            build,
+            Routing(num_chosen=num_chosen, normalize=True),
+            build.weights.take(f"{prefix}.router.weight", (num_experts, h)),
+            stacked_experts(
+                build.quantizer,
+                build.weights,
+                build.ops,
+                f"{prefix}.experts",
+                num_experts,
+                h,
+                width,
+                clamp,
+            ),
+            router_bias=build.weights.take(f"{prefix}.router.bias", (num_experts,)),
+        )
 
 
 class GatedSharedExpert:

@@ -17,6 +17,7 @@ cohere.py          CohereForCausalLM, Cohere2ForCausalLM: attention and MLP side
 glm.py             GlmForCausalLM, Glm4ForCausalLM: half of each head turns; norms on both sides
 starcoder2.py      Starcoder2ForCausalLM: LayerNorms, biases, a plain MLP
 gpt2.py            GPT2LMHeadModel: learned positions
+gpt_oss.py         GptOssForCausalLM: sinks in attention, windows, clamped experts
 opt.py             OPTForCausalLM: learned positions, norms before or behind
 transformers_*.py  all others that transformers has: its modeling code over our cache
 cases.py           each of them at a size that the model kit checks
@@ -49,6 +50,7 @@ MODULES = {
     "Gemma3ForConditionalGeneration": "gemma3",
     "Glm4ForCausalLM": "glm",
     "GlmForCausalLM": "glm",
+    "GptOssForCausalLM": "gpt_oss",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",

@@ -234,6 +234,33 @@ CASES = {
         config={**SIZES, "model_type": "olmo2"},
         variants={"biases and one kv head": {"attention_bias": True, "num_key_value_heads": 1}},
     ),
+    "GptOssForCausalLM": ModelCase(
+        family="GPT-OSS",
+        config={
+            **SIZES,
+            "model_type": "gpt_oss",
+            "head_dim": 32,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        variants={
+            "layer types and no biases": {
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                "attention_bias": False,
+            },
+        },
+        notes="sinks; experts in MXFP4 are widened while loading; "
+        "blocks that a window has left are freed",
+    ),
     "SmolLM3ForCausalLM": ModelCase(
         family="SmolLM3",
         config={**SIZES, "model_type": "smollm3", "num_hidden_layers": 5, **NO_PAD},
