@@ -25,7 +25,7 @@ from machine import write_result
 
 from pagedcore.execution.quantized import Grouped
 from pagedcore.execution.torch_quantized import widen, widen_grouped
-from pagedcore_kernels import block_fp8, packed_linear
+from pagedcore_kernels import block_fp8, packed_linear, packed_widen
 from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
 from pagedcore_kernels.packed_codes import E2M1
@@ -151,7 +151,7 @@ class Bench:
         self.packed = copies_of(packed)
         self.exact = widen_grouped(weight, torch.float32).double()
         self.is_right = checked(
-            f"{name} widened", partial(packed_linear.widen, packed, 0, n, dtype), self.exact
+            f"{name} widened", partial(packed_widen.widen, packed, 0, n, dtype), self.exact
         )
 
     def times(self, m: int, plans: list[PackedPlan]) -> dict:
@@ -172,7 +172,7 @@ class Bench:
             figure["alone"] = self._try(x, want, best, dependent=False)
             figure["no prefetch"] = self._try(x, want, replace(best, prefetch=0), dependent=True)
         if m >= 64:
-            calls = [partial(packed_linear.multiply_widened, x, w) for w in self.packed]
+            calls = [partial(packed_widen.multiply_widened, x, w) for w in self.packed]
             self.is_right &= checked(f"{self.name} {m} by way of 16 bits", calls[0], want)
             figure["widened"] = time_calls(calls[:8], budget_s=0.05).median
         figure["bytes"] = self.packed[0].num_bytes
@@ -216,9 +216,7 @@ def bench_formats(n: int, k: int, rows, plans: dict[int, PackedPlan], dtype, dep
         packed = pack(weight)
         assert packed is not None
         exact = widen_grouped(weight, torch.float32).double()
-        right &= checked(
-            f"{kind} widened", partial(packed_linear.widen, packed, 0, n, dtype), exact
-        )
+        right &= checked(f"{kind} widened", partial(packed_widen.widen, packed, 0, n, dtype), exact)
         weights = copies_of(packed)
         figure = dict(kind=kind, n=n, k=k, bytes=packed.num_bytes)
         for m in rows:

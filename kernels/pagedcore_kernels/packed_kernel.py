@@ -1,0 +1,210 @@
+"""The kernel of `packed_linear`: a product whose left factor is unpacked in registers.
+
+M rows   N outputs   K inputs   B blocks   P parts of the blocks; see `packed_linear`
+
+The grid is (tiles of N, P, tiles of M).
+"""
+
+import triton
+import triton.language as tl
+
+from pagedcore_kernels.packed_codes import unpack
+
+
+@triton.jit
+def scale_of(scales, output, stride, group, TYPE: tl.constexpr):
+    """Scales of outputs in a group, each [...], in float32."""
+    if TYPE.is_fp32():
+        scale = tl.load(scales + group * stride + output)
+    else:
+        pair = tl.load(scales + (group // 2) * stride + output)
+        half = (pair >> (group % 2 * 16)).to(tl.int16)
+        scale = half.to(TYPE, bitcast=True).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def zero_of(zeros, output, stride, group):
+    """Zeros of outputs in a group, each [...], as int16."""
+    four = tl.load(zeros + (group // 4) * stride + output)
+    return ((four >> (group % 4 * 8)) & 255).to(tl.int16)
+
+
+@triton.jit
+def _prefetch_blocks(
+    words, strip, first, num_strips, num_blocks, WIDTH: tl.constexpr, COUNT: tl.constexpr
+):
+    """Ask for COUNT blocks from `first` on, or as many as there are, of strips of 16 outputs."""
+    blocks = tl.minimum(COUNT, num_blocks - first)
+    size = tl.where((strip < num_strips) & (blocks > 0), blocks * (32 * WIDTH), 0)
+    source = words + (strip.to(tl.int64) * num_blocks + first) * (16 * WIDTH)
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred some;
+        setp.ne.u32 some, $2, 0;
+        @some cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [source.to(tl.int64), size],
+        tl.int32,
+        False,
+        1,
+    )
+
+
+@triton.jit
+def packed_kernel(
+    x,
+    words,
+    scales,
+    zeros,
+    minima,
+    row_sums,
+    bias,
+    out,
+    partial,
+    arrivals,
+    num_rows,
+    num_outputs,
+    padded_outputs,
+    num_inputs,
+    num_blocks,
+    num_groups,
+    x_stride,
+    span,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SLICES: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    EVEN: tl.constexpr,
+    Q: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_MINIMA: tl.constexpr,
+    START: tl.constexpr,
+    TABLE: tl.constexpr,
+    SCALE_TYPE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    WIDTH: tl.constexpr = Q * BITS // 4  # words of a row in a block
+    BLOCK: tl.constexpr = 4 * Q
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    part = tl.program_id(1)
+    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    row = tl.program_id(2) * BM + tl.arange(0, BM)
+    output = tl.program_id(0) * BN + tl.arange(0, BN)
+    safe = tl.minimum(output, padded_outputs - 1)
+    run = (safe // 16).to(tl.int64) * num_blocks * (16 * WIDTH) + safe % 16 * WIDTH
+    column = tl.arange(0, Q)
+    x_row = row.to(tl.int64) * x_stride
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            _prefetch_blocks(
+                words,
+                tl.program_id(0) * (BN // 16) + tl.arange(0, BN // 16),
+                part * span * SLICES,
+                padded_outputs // 16,
+                num_blocks,
+                WIDTH,
+                PREFETCH,
+            )
+        tl.extra.cuda.gdc_wait()
+    if SLICES > 1:
+        start = (part * SLICES + tl.arange(0, SLICES)[:, None]) * span
+        word_at = run[None, :, None] + column[None, None, :]
+        x_at = x_row[None, None, :] + column[None, :, None]
+        is_row = (row < num_rows)[None, None, :]
+        output_at = safe[None, :]
+        sum_at = tl.minimum(row, num_rows - 1)[None, None, :] * num_groups
+        total = tl.zeros([SLICES, BN, BM], tl.float32)
+    else:
+        start = part * span
+        word_at = run[:, None] + column[None, :]
+        x_at = x_row[None, :] + column[:, None]
+        is_row = (row < num_rows)[None, :]
+        output_at = safe
+        sum_at = tl.minimum(row, num_rows - 1)[None, :] * num_groups
+        total = tl.zeros([BN, BM], tl.float32)
+    for step in tl.range(0, span, num_stages=STAGES):
+        block = start + step
+        known = block if EVEN else tl.minimum(block, num_blocks - 1)
+        in_tile = tl.expand_dims(known, 2) if SLICES > 1 else known
+        source = words + word_at + in_tile * (16 * WIDTH)
+        pairs = tl.load(source)
+        more = tl.load(source + Q) if BITS == 8 else pairs
+        factor = x + x_at + in_tile * BLOCK
+        if EVEN:
+            x0 = tl.load(factor, is_row, 0.0)
+            x1 = tl.load(factor + Q, is_row, 0.0)
+            x2 = tl.load(factor + 2 * Q, is_row, 0.0)
+            x3 = tl.load(factor + 3 * Q, is_row, 0.0)
+        else:
+            k = (tl.expand_dims(block, 2) if SLICES > 1 else block) * BLOCK
+            k += column[None, :, None] if SLICES > 1 else column[:, None]
+            x0 = tl.load(factor, is_row & (k < num_inputs), 0.0)
+            x1 = tl.load(factor + Q, is_row & (k < num_inputs - Q), 0.0)
+            x2 = tl.load(factor + 2 * Q, is_row & (k < num_inputs - 2 * Q), 0.0)
+            x3 = tl.load(factor + 3 * Q, is_row & (k < num_inputs - 3 * Q), 0.0)
+        factors = (x0, x1, x2, x3)
+        COUNT: tl.constexpr = 1 if GROUP == 0 or GROUP >= BLOCK else BLOCK // GROUP
+        for share in tl.static_range(COUNT):
+            if GROUP == 0:
+                group = known * 0
+            elif GROUP >= BLOCK:
+                group = known // (GROUP // BLOCK)
+            else:
+                group = known * COUNT + share
+            zero = pairs
+            if HAS_ZEROS:
+                zero = tl.expand_dims(zero_of(zeros, output_at, padded_outputs, group), -1)
+            weights = unpack(pairs, more, zero, BITS, HAS_ZEROS, START, TABLE, DTYPE, ASSEMBLY)
+            if GROUP == 0 and not HAS_MINIMA:
+                for quarter in tl.static_range(4):
+                    total = tl.dot(
+                        weights[quarter], factors[quarter], total, input_precision=PRECISION
+                    )
+            else:
+                sums = tl.zeros_like(total)
+                for quarter in tl.static_range(share * 4 // COUNT, (share + 1) * 4 // COUNT):
+                    sums = tl.dot(
+                        weights[quarter], factors[quarter], sums, input_precision=PRECISION
+                    )
+                scale = scale_of(scales, output_at, padded_outputs, group, SCALE_TYPE)
+                total += sums * tl.expand_dims(scale, -1)
+                if HAS_MINIMA:
+                    minimum = tl.load(minima + group * padded_outputs + output_at)
+                    of_all = block * COUNT + share
+                    of_all = tl.expand_dims(of_all, 2) if SLICES > 1 else of_all
+                    given = tl.load(row_sums + sum_at + of_all, of_all < num_groups, 0.0)
+                    total += tl.expand_dims(minimum, -1) * given
+    result = tl.sum(total, 0) if SLICES > 1 else total
+
+    in_tile = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    inside = (output < num_outputs)[:, None] & (row < num_rows)[None, :]
+    is_last = True
+    if PARTS > 1:
+        tiles = tl.num_programs(0) * tl.num_programs(2)
+        tl.store(partial + (part * tiles + tile) * (BM * BN) + in_tile, result, inside)
+        tl.debug_barrier()  # all warps have stored before one thread announces it
+        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == PARTS - 1
+        if is_last:
+            tl.store(arrivals + tile, 0)  # for the next product
+            result = tl.zeros([BN, BM], tl.float32)
+            for other in tl.static_range(PARTS):
+                piece = partial + (other * tiles + tile) * (BM * BN) + in_tile
+                result += tl.load(piece, inside, 0.0, cache_modifier=".cg")
+    if is_last:
+        if GROUP == 0 and not HAS_MINIMA:
+            result *= tl.load(scales + safe)[:, None]
+        if HAS_BIAS:
+            result += tl.load(bias + output, output < num_outputs, 0.0).to(tl.float32)[:, None]
+        target = out + row.to(tl.int64)[None, :] * num_outputs + output[:, None]
+        tl.store(target, result.to(DTYPE), inside)
