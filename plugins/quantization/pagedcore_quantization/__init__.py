@@ -5,6 +5,7 @@ stored.py        float8 weights of a checkpoint: fp8, fbgemm_fp8, and a part of 
 compressed.py    compressed-tensors: floats, whole numbers or packed words, as schemes.py reads
 gptq.py, awq.py  codes of 4 or 8 bits in words
 bitsandbytes.py  NF4, FP4 and INT8, without that library
+mxfp4.py         experts of GPT-OSS in 4 bits, widened while loading
 gguf.py          blocks of GGUF files, kept as they are
 packed.py        what formats of few bits share: parts become a matrix, experts are widened
 int8.py          whole numbers on both sides of a product
@@ -34,6 +35,7 @@ def pagedcore_quantizers() -> Mapping[str, Callable[[Mapping[str, Any]], "Quanti
         "fp8": _fp8,
         "gguf": _gguf,
         "gptq": _gptq,
+        "mxfp4": _mxfp4,
     }
 
 
@@ -80,3 +82,9 @@ def _gguf(settings: Mapping[str, Any]) -> "Quantizer":
     from pagedcore_quantization.gguf import Gguf
 
     return Gguf("gguf", settings)
+
+
+def _mxfp4(settings: Mapping[str, Any]) -> "Quantizer":
+    from pagedcore_quantization.mxfp4 import Mxfp4
+
+    return Mxfp4(settings)
