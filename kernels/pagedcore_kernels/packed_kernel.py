@@ -93,6 +93,7 @@ def packed_kernel(
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """One tile of outputs and rows, or a part of its sum; see the head of `packed_linear`."""
     WIDTH: tl.constexpr = Q * BITS // 4  # words of a row in a block
     BLOCK: tl.constexpr = 4 * Q
     DTYPE: tl.constexpr = x.dtype.element_ty
