@@ -20,6 +20,15 @@ class RenamedWeights:
         self._weights = weights
         self._names = names
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Weights.dtype`."""
+        return self._weights.dtype
+
+    def stored_shape(self, name: str) -> tuple[int, ...] | None:
+        """See `Weights.stored_shape`."""
+        return self._weights.stored_shape(self._stored(name))
+
     def has(self, name: str) -> bool:
         """See `Weights.has`."""
         return self._weights.has(self._stored(name))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import pagedcore_models
 from pagedcore import LLM, SamplingParams
 from pagedcore.testing.tiny_models import save_tiny_model
 
@@ -19,7 +20,23 @@ FAMILIES = {
     "qwen2": {"hidden_size": 256, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"head_dim": 64},
     "qwen3_moe": {"head_dim": 64},
+    "Gemma2ForCausalLM": {"head_dim": 64, "sliding_window": 20},
+    "Gemma3ForCausalLM": {"head_dim": 64, "sliding_window": 20},
+    "MixtralForCausalLM": {"head_dim": 64},
+    "Qwen2MoeForCausalLM": {"hidden_size": 256},
+    "Phi3ForCausalLM": {"hidden_size": 256},
+    "GraniteForCausalLM": {"hidden_size": 256},
+    "Olmo2ForCausalLM": {"hidden_size": 256},
+    "SmolLM3ForCausalLM": {"hidden_size": 256},
 }
+"""Fields of a tiny model, by a name that `save_tiny_model` knows, or by the architecture's."""
+
+CASES = pagedcore_models.pagedcore_model_cases()
+
+
+def save_model(folder, family):
+    kind = CASES[family].config if family in CASES else family
+    return save_tiny_model(folder, kind, **FAMILIES[family])
 
 
 def tokens_of(folder, prompts, *, together=True, **options):
@@ -32,7 +49,7 @@ def tokens_of(folder, prompts, *, together=True, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_plain_torch(family, tmp_path, prompts):
-    save_tiny_model(tmp_path, family, **FAMILIES[family])
+    save_model(tmp_path, family)
     expected = tokens_of(tmp_path, prompts, backend="torch")
     for eager in (True, False):
         for together in (True, False):
