@@ -184,6 +184,7 @@ def test_seeded_draws_do_not_depend_on_graphs_or_batch(make):
         assert run(engine, prompts(5)[:1], 1000, **wishes, **extra) == eager[:1]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_decoding_step_never_waits_for_the_device(make):
     engine = make()
     run(engine, prompts(8))
