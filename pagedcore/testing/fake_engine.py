@@ -5,11 +5,13 @@ with thousands of requests. What it produces depends on the request alone, never
 """
 
 import itertools
+import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +64,17 @@ def build_fake_engine(config: EngineConfig, *, usage: Usage) -> "FakeEngine":
         max_model_len=config.model.max_model_len or 4096,
         max_num_seqs=config.scheduler.max_num_seqs or (64 if usage == "offline" else 256),
         max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
+        task=_task_of(Path(config.model.model)),
     )
+
+
+def _task_of(folder: Path) -> Task:
+    """What the model in a folder claims to be made for, in the field `fake_task` of config.json."""
+    path = folder / "config.json"
+    task: Task = "generate"
+    if path.is_file():
+        task = json.loads(path.read_text()).get("fake_task", task)
+    return task
 
 
 BUILD_FAKE = "pagedcore.testing.fake_engine:build_fake_engine"

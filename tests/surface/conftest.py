@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
-def write_model(folder, template=TEMPLATE):
+def write_model(folder, template=TEMPLATE, task="generate"):
     """A model folder without weights: 256 byte tokens, an end-of-sequence token, a template."""
     vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
     vocab["<end>"] = END
@@ -86,7 +86,7 @@ def write_model(folder, template=TEMPLATE):
     if template is not None:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"fake_task": task}))
 
 
 def byte_symbols():
@@ -289,6 +289,7 @@ def start(face, tmp_path_factory):
         build=BUILD_STEERED,
         engine=None,
         template=TEMPLATE,
+        task="generate",
         environment=None,
         wait=True,
         slow_start=False,
@@ -296,7 +297,7 @@ def start(face, tmp_path_factory):
     ):
         if folder is None:
             folder = tmp_path_factory.mktemp("model")
-            write_model(folder, template)
+            write_model(folder, template, task)
         if slow_start:
             os.mkfifo(folder / START_PIPE)
         port = free_port()

@@ -24,7 +24,7 @@ def test_an_unknown_model_is_the_clients_not_found_error(client):  # HTTP-4, ERR
 
 def test_what_is_not_built_is_501(client):  # HTTP-2
     with pytest.raises(openai.APIStatusError) as raised:
-        client.embeddings.create(model="fake", input="x")
+        client.post("/rerank", body={"query": "x", "documents": ["y"]}, cast_to=object)
     assert (raised.value.status_code, raised.value.type) == (501, "NotImplementedError")
 
 

@@ -10,6 +10,8 @@ prepare.py           a request into what the engine takes; bounded_inputs.py ref
 answer.py            Answer: the choices of one request, from tokens to text
 prompt_answer.py     those of one prompt; pieces.py has what is new of a choice
 endpoints.py         chat, completions, models, tokens
+vectors.py           embeddings, scores, ranks; vector_protocol.py and vector_answer.py do for them
+                     what protocol.py and answer.py do for text
 chat.py              the shapes of chat answers; completions.py, logprobs.py those of others
 event_stream.py      server-sent events
 responses.py         /v1/responses; response_*.py are its input, shapes and store

@@ -27,7 +27,7 @@ from pagedcore_openai.protocol import (
     TokenizeRequest,
 )
 from pagedcore_openai.surface import ClientGoneError, Surface
-from pagedcore_openai.unbuilt import other_task
+from pagedcore_openai.vectors import Vectors
 
 CLIENT_CLOSED_REQUEST = 499
 """The status that nobody is there to read."""
@@ -39,9 +39,11 @@ class Endpoints:
     def __init__(self, surface: Surface, intake: Intake) -> None:
         self._surface = surface
         self._intake = intake
+        self._vectors = Vectors(surface, intake)
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
+        self._vectors.add_to(app)
         for path, endpoint, kind in (
             ("/v1/chat/completions", self.chat, ChatRequest),
             ("/v1/completions", self.completions, CompletionRequest),
@@ -68,15 +70,15 @@ class Endpoints:
         return JSONResponse(self._card(name))
 
     async def invocations(self, request: Request) -> Response:
-        """What the fields ask for: `messages` a chat, `prompt` a completion."""
+        """What the fields ask for: `messages` a chat, `prompt` a completion, `input` vectors."""
         body = await self._intake.body(request)
         if "messages" in body:
             return await self._chat(request, body)
         if "prompt" in body:
             return await self._completions(request, body)
         if "input" in body:
-            return await other_task(request)
-        raise RequestError("the body must have messages or prompt")
+            return await self._vectors.embed(request, body)
+        raise RequestError("the body must have messages, prompt or input")
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""

@@ -51,12 +51,7 @@ def check_generation(request: GenerationRequest, server: ServerConfig, policy: s
         raise RequestError("best_of must be absent or equal to n", "best_of")
     if request.use_beam_search not in (None, False):
         raise RequestError("use_beam_search is not supported: remove it", "use_beam_search")
-    if request.priority and policy != "priority":
-        raise RequestError(
-            f"priority must be 0 under the scheduling policy {policy!r}; "
-            "start the server with --scheduling-policy priority",
-            "priority",
-        )
+    check_priority(request.priority, policy)
     if request.cache_salt == "":
         raise RequestError("cache_salt must not be empty", "cache_salt")
     if request.stream and request.prompt_logprobs is not None:
@@ -77,6 +72,16 @@ def check_generation(request: GenerationRequest, server: ServerConfig, policy: s
         raise RequestError("suffix is not supported: remove it", "suffix")
     if isinstance(request, ChatRequest):
         _check_chat(request, server)
+
+
+def check_priority(priority: int | None, policy: str) -> None:
+    """Refuse a priority that the scheduling policy would not heed."""
+    if priority and policy != "priority":
+        raise RequestError(
+            f"priority must be 0 under the scheduling policy {policy!r}; "
+            "start the server with --scheduling-policy priority",
+            "priority",
+        )
 
 
 def completion_inputs(

@@ -7,7 +7,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from pagedcore import __version__
+from pagedcore.engine.generation import Generation
 from pagedcore.errors import EngineDeadError, OverloadedError
+from pagedcore.pooling import PoolingParams
 from pagedcore.request import FinishReason, SamplingParams
 from pagedcore_openai.counters import PROBE_COUNTERS
 from pagedcore_openai.metrics import CONTENT_TYPE, exposition
@@ -63,20 +65,24 @@ class Probes:
         surface = self._surface
         surface.start()
         surface.check_open()
-        item = surface.inputs.completion([0], SamplingParams(max_tokens=1, ignore_eos=True))
         try:
-            async with (
-                asyncio.timeout(GENERATE_TIMEOUT_S),
-                surface.client.generate(item.prompt_token_ids, item.params) as generation,
-            ):
+            async with asyncio.timeout(GENERATE_TIMEOUT_S), self._probe() as generation:
                 async for chunk in generation:
-                    if chunk.finish_reason is FinishReason.LENGTH:
+                    if chunk.finish_reason is FinishReason.LENGTH or chunk.vector is not None:
                         for name in PROBE_COUNTERS:  # it is no request (LIFE-2)
                             surface.slot.add(name)
                         return Response()
         except TimeoutError:
             pass
         raise OverloadedError(f"no token within {GENERATE_TIMEOUT_S:g} s", "not_ready")
+
+    def _probe(self) -> Generation:
+        """A request for one token, or for a vector where the model does not generate."""
+        surface = self._surface
+        if surface.info.task != "generate":
+            return surface.client.pool([0], PoolingParams())
+        item = surface.inputs.completion([0], SamplingParams(max_tokens=1, ignore_eos=True))
+        return surface.client.generate(item.prompt_token_ids, item.params)
 
     async def metrics(self, request: Request) -> Response:
         """What the engine and its front ends have counted, for Prometheus."""

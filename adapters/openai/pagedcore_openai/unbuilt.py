@@ -13,19 +13,11 @@ UNBUILT = (
     "/v1/messages/count_tokens",
     "/pooling",
     "/classify",
-    "/score",
-    "/v1/score",
-    "/rerank",
-    "/v1/rerank",
-    "/v2/rerank",
     "/generate",
     "/v1/audio/transcriptions",
     "/v1/audio/translations",
 )
 """Answered with 501: the address is right, the task is not ours."""
-
-OTHER_TASK = ("/v1/embeddings",)
-"""Answered with 501: another kind of model would do it (HTTP-2)."""
 
 ADMIN_UNBUILT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep", "/wake_up")
 
@@ -66,15 +58,8 @@ def add_unbuilt(app: FastAPI, surface: Surface) -> None:
         paths += ADMIN_UNBUILT
     for path in paths:
         app.add_api_route(path, _not_built, methods=["POST"], **not_built())
-    for path in OTHER_TASK:
-        app.add_api_route(path, other_task, methods=["POST"], **not_built())
 
 
 async def _not_built(request: Request) -> Response:
     """Not implemented: always 501."""
     raise ApiError(501, f"POST {request.scope['path']} is not implemented")
-
-
-async def other_task(request: Request) -> Response:
-    """Another task than the model's: always 501."""
-    raise ApiError(501, "this model generates text; it makes no embeddings")
