@@ -27,6 +27,7 @@ from torch import Tensor
 from pagedcore.execution.quantized import FLOAT8, GROUP_COLUMNS, LARGEST
 from pagedcore_kernels.dependent import wait_for_predecessors
 from pagedcore_kernels.fp8 import TINY
+from pagedcore_kernels.parts import join_parts
 from pagedcore_kernels.small_linear import Scratch
 
 
@@ -135,15 +136,19 @@ def _block_kernel(
     is_last = True
     if PARTS > 1:
         tiles = tl.num_programs(0) * tl.num_programs(2)
-        tl.store(partial + (part * tiles + tile) * (BM * BN) + in_tile, total, inside)
-        tl.debug_barrier()  # all warps have stored before one thread announces it
-        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == PARTS - 1
-        if is_last:
-            tl.store(arrivals + tile, 0)  # for the next product
-            total = tl.zeros([BN, BM], tl.float32)
-            for other in tl.static_range(PARTS):
-                piece = partial + (other * tiles + tile) * (BM * BN) + in_tile
-                total += tl.load(piece, inside, 0.0, cache_modifier=".cg")
+        is_last, total = join_parts(
+            total,
+            partial,
+            arrivals,
+            part,
+            tile,
+            tiles,
+            in_tile,
+            inside,
+            BM * BN,
+            PARTS,
+            BM * PARTS <= 128,
+        )
     if is_last:
         if HAS_BIAS:
             total += tl.load(bias + output, output < num_outputs, 0.0).to(tl.float32)[:, None]

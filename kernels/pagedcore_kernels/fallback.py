@@ -12,7 +12,9 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from pagedcore.execution.ops import LayerCache, Ops, QKNorm, RopeTable, StepBatch
+from pagedcore.execution.quantized import Grouped
 from pagedcore.execution.torch_ops import TorchOps
+from pagedcore_kernels.packed_layout import Packed, unpack
 from pagedcore_kernels.rope_cache import FP8_LIMIT
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,12 @@ class PlainOps(TorchOps):
         keys, values = stored.to(cache.key.dtype).chunk(2, 1)
         cache.key[block, :, offset] = keys
         cache.value[block, :, offset] = values
+
+    def grouped_linear(self, x: Tensor, weight: Grouped, bias: Tensor | None = None) -> Tensor:
+        """See `QuantizedOps.grouped_linear`."""
+        if isinstance(weight, Packed):
+            weight = unpack(weight)
+        return super().grouped_linear(x, weight, bias)
 
     def attention(
         self,

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagedcore.execution.ops import Ops
-from pagedcore.execution.quantized import Activations, Quantized
-from pagedcore_kernels import fp8, small_linear
+from pagedcore.execution.quantized import Activations, Grouped, Quantized
+from pagedcore_kernels import fp8, int8, packed_linear, small_linear
 from pagedcore_kernels.dependent import can_depend
 from pagedcore_kernels.fallback import with_fallback
+from pagedcore_kernels.packed_layout import Packed, pack
 from pagedcore_kernels.small_linear_plans import choose_scaled_plan
 
 FAST_ACCUMULATION = True
@@ -112,6 +113,29 @@ class LinearOps:
     def silu_mul_quantized(self, gate_up: Tensor) -> Quantized:
         """See `QuantizedOps.silu_mul_quantized`."""
         return fp8.silu_mul(gate_up)
+
+    def pack_grouped(self, weight: Grouped, dtype: torch.dtype) -> Grouped:
+        """See `QuantizedOps.pack_grouped`."""
+        return pack(weight) or weight
+
+    @with_fallback
+    def grouped_linear(self, x: Tensor, weight: Grouped, bias: Tensor | None = None) -> Tensor:
+        """See `QuantizedOps.grouped_linear`."""
+        if not isinstance(weight, Packed):
+            return self.plain.grouped_linear(x, weight, bias)
+        if weight.order is not None:
+            x = x.index_select(1, weight.order)
+        elif x.stride(1) != 1:
+            x = x.contiguous()
+        return packed_linear.linear(x, weight, bias, self._scratch, dependent=can_depend(x.device))
+
+    @with_fallback
+    def int8_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """See `QuantizedOps.int8_linear`."""
+        x = x if x.stride(1) == 1 else x.contiguous()
+        return int8.linear(x, weight, scale, bias, self._scratch, dependent=can_depend(x.device))
 
     @cached_property
     def _multiplies_float8(self) -> bool:

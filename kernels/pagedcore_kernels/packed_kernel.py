@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from pagedcore_kernels.packed_codes import unpack
+from pagedcore_kernels.parts import join_parts
 
 
 @triton.jit
@@ -193,15 +194,19 @@ def packed_kernel(
     is_last = True
     if PARTS > 1:
         tiles = tl.num_programs(0) * tl.num_programs(2)
-        tl.store(partial + (part * tiles + tile) * (BM * BN) + in_tile, result, inside)
-        tl.debug_barrier()  # all warps have stored before one thread announces it
-        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == PARTS - 1
-        if is_last:
-            tl.store(arrivals + tile, 0)  # for the next product
-            result = tl.zeros([BN, BM], tl.float32)
-            for other in tl.static_range(PARTS):
-                piece = partial + (other * tiles + tile) * (BM * BN) + in_tile
-                result += tl.load(piece, inside, 0.0, cache_modifier=".cg")
+        is_last, result = join_parts(
+            result,
+            partial,
+            arrivals,
+            part,
+            tile,
+            tiles,
+            in_tile,
+            inside,
+            BM * BN,
+            PARTS,
+            BM * PARTS <= 128,
+        )
     if is_last:
         if GROUP == 0 and not HAS_MINIMA:
             result *= tl.load(scales + safe)[:, None]
