@@ -176,11 +176,14 @@ class Attention:
     ) -> None:
         """`scale` is 1 / sqrt(D) by default; `qk_norm_eps` None means that heads have no norm.
 
-        `qk_norm_offset` is added to the weights of the heads' norms, as in `RMSNorm`.
-        `qkv_norm` changes [T, (H + 2K) * D] in place before the rotation, where the norm is another
-        than `QKNorm`. `has_sinks` takes one more score of each head, without a value (see
-        `Ops.attention`), from `{prefix}.sinks`. A single one of `qkv_names` holds queries, keys and values below each other.
+        `qk_norm_offset` is added to the weights of the heads' norms, as in `RMSNorm`. `qkv_norm`
+        changes [T, (H + 2K) * D] in place before the rotation, where the norm is another than
+        `QKNorm`. `has_sinks` takes one more score of each head, without a value (see
+        `Ops.attention`), from `{prefix}.sinks`. A single one of `qkv_names` holds queries, keys and
+        values below each other.
         """
+        if window is not None and window >= build.max_positions:
+            window = None  # it reaches over all that a sequence can be: no group of its own
         self.cache_spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
         self._ops = build.ops
         self._num_heads = num_heads
