@@ -7,6 +7,7 @@ As in `layers.py`, a layer takes its weights when it is made, and reads nothing 
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pagedcore.execution.expert_ops import Clamp, Routing
 from pagedcore.execution.layers import GatedMLP
@@ -27,12 +28,20 @@ class Mixture:
         experts: ExpertsMethod,
         *,
         router_bias: Tensor | None = None,
+        choice_bias: Tensor | None = None,
     ) -> None:
-        """The router's weight is [E, h], its bias [E], in the model's type."""
+        """The router's weight is [E, h]; if it is float32, so are the scores.
+
+        `router_bias` [E] is part of the scores, `choice_bias` [E] float32 counts only where experts
+        are chosen.
+        """
         self._ops = build.ops
         self._routing = routing
-        self._router = router if router.is_meta else build.ops.pack_linear(router)
+        self._is_exact = router.dtype == torch.float32
+        is_packed = not (router.is_meta or self._is_exact)
+        self._router = build.ops.pack_linear(router) if is_packed else router
         self._router_bias = router_bias
+        self._choice_bias = choice_bias
         self._experts = experts
 
     def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
@@ -42,8 +51,11 @@ class Mixture:
     def __call__(self, x: Activations) -> Tensor:
         """x [T, h] to [T, h]."""
         assert isinstance(x, Tensor), "nobody asked for 8 bits"
-        scores = self._ops.linear(x, self._router, self._router_bias)
-        weights, chosen = self._ops.route(scores, self._routing)
+        if self._is_exact:
+            scores = functional.linear(x.float(), self._router, self._router_bias)
+        else:
+            scores = self._ops.linear(x, self._router, self._router_bias)
+        weights, chosen = self._ops.route(scores, self._routing, self._choice_bias)
         return self._experts.apply(x, weights, chosen)
 
 
@@ -127,3 +139,19 @@ class GatedSharedExpert:
         assert isinstance(x, Tensor), "nobody asked for 8 bits"
         gate = self._ops.linear(x, self._gate).sigmoid_()
         return self._mixture(x).addcmul_(self._shared(x), gate)
+
+
+class SharedExperts:
+    """A mixture, plus an MLP that all tokens take (DeepSeek)."""
+
+    def __init__(self, mixture: Mixture, shared: GatedMLP) -> None:
+        self._mixture = mixture
+        self._shared = shared
+
+    def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """See `Consumer.wants_quantized`: the router reads the rows as they are."""
+        return False
+
+    def __call__(self, x: Activations) -> Tensor:
+        """x [T, h] to [T, h]."""
+        return self._mixture(x).add_(self._shared(x))

@@ -66,7 +66,10 @@ class StepBatch:
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys and values of one layer. Only the backend that made it knows the layout."""
+    """Keys and values of one layer. Only the backend that made it knows the layout.
+
+    A cache of latent vectors has them in `key`, and `value` is the same tensor.
+    """
 
     spec: CacheSpec
     group: int
@@ -257,6 +260,35 @@ class Ops(QuantizedOps, ExpertOps, Protocol):
         `soft_cap` c, scores become c * tanh(score / c) before the softmax, which is in float32.
         `sinks` [H] float32 holds one more score for each head, which takes part in the softmax and
         has no value.
+        """
+        ...
+
+    def latent_to_cache(
+        self,
+        query: Tensor,
+        unturned: Tensor,
+        latent: Tensor,
+        rope: RopeTable,
+        norm_weight: Tensor,
+        eps: float,
+        cache: LayerCache,
+        batch: StepBatch,
+    ) -> None:
+        """Prepare latent attention (MLA), of vectors of D elements of which the last R turn.
+
+        Writes the last R elements of each head of query [T, H, D], which is contiguous: those of
+        unturned [T, H, R], rotated. Of latent [T, D], the first D - R elements are normed as in
+        `rms_norm`, the others rotated, and the result goes into the slots of the cache's group.
+        """
+        ...
+
+    def latent_attention(
+        self, query: Tensor, num_values: int, scale: float, cache: LayerCache, batch: StepBatch
+    ) -> Tensor:
+        """Causal attention of each head over its sequence's latent vectors: [T, H, num_values].
+
+        query [T, H, D] is as `latent_to_cache` left it. All heads see the same vectors, whose first
+        `num_values` elements are what is mixed.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Experts of which a checkpoint stores all in one tensor, gates and their partners in turn (GPT-OSS).
+"""Experts that a checkpoint stores in one tensor, gates and their partners in turn (GPT-OSS).
 
 E experts   F expert width   h hidden size
 """

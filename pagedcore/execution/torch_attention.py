@@ -143,11 +143,11 @@ def attend(
             )
             out[tokens] = mixed.permute(2, 0, 1, 3)
         else:
-            keys_values = _gather(cache, prompt.blocks, qkv.dtype)[: prompt.length - prompt.first]
-            for tile, keys, mask in _tiles(prompt, plan, cache.spec.window, qkv):
+            keys_values = gather(cache, prompt.blocks, qkv.dtype)[: prompt.length - prompt.first]
+            for tile, keys, mask in tiles(prompt, plan, cache.spec.window, qkv):
                 key, value = _spread(keys_values[keys], grouped)
                 sink = None if sinks is None else sinks[..., None]
-                mixed = _attend(
+                mixed = attend_to(
                     query[tile].permute(1, 2, 0, 3), key, value, mask, scale, soft_cap, sink
                 )
                 out[tile] = mixed.permute(2, 0, 1, 3)
@@ -163,13 +163,13 @@ def _attend_part(
     sinks: Tensor | None,
 ) -> Tensor:
     """Queries [S, K, G, D] of sequences with one token each, sinks [K, G, 1]: query's shape."""
-    keys_values = _gather(cache, part.blocks, query.dtype)
+    keys_values = gather(cache, part.blocks, query.dtype)
     keys_values = keys_values.view(len(query), -1, *keys_values.shape[1:])[:, : part.length]
     key, value = keys_values.transpose(1, 2).chunk(2, 1)
-    return _attend(query, key, value, part.mask, scale, soft_cap, sinks)
+    return attend_to(query, key, value, part.mask, scale, soft_cap, sinks)
 
 
-def _attend(
+def attend_to(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -194,7 +194,7 @@ def _attend(
     return (weights @ value.float()).to(query.dtype)
 
 
-def _gather(cache: LayerCache, blocks: Tensor | slice, dtype: torch.dtype) -> Tensor:
+def gather(cache: LayerCache, blocks: Tensor | slice, dtype: torch.dtype) -> Tensor:
     """The slots of blocks, one after the other: [M * B, 2K, D]."""
     store = cache.key
     found = store[blocks] if isinstance(blocks, slice) else store.index_select(0, blocks)
@@ -253,7 +253,7 @@ def _side_by_side(blocks: Tensor) -> Tensor | slice:
     return slice(start, stop) if ids == list(range(start, stop)) else blocks
 
 
-def _tiles(
+def tiles(
     prompt: _Prompt, plan: Plan, window: int | None, qkv: Tensor
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Tokens of a tile, keys relative to `prompt.first`, and the mask [Q, L] over them."""

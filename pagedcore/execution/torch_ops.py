@@ -4,11 +4,9 @@
 
 A layer's cache is one tensor [N, B, 2K, D], `LayerCache.key`: the keys of a slot, then its values,
 so that a step's tokens are written, and a block is read, in one go. `LayerCache.value` is the part
-of it that holds values. Attention has a module of its own, `torch_attention.py`.
+of it that holds values. Latent vectors are one head [N, B, 1, D]. Attention has a module of its
+own, `torch_attention.py`, and so have experts and what has 8 bits.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +14,23 @@ from torch.nn import functional
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
-from pagedcore.execution.torch_attention import Plan, attend, begun_blocks, plan_attention
+from pagedcore.execution.torch_attention import attend
 from pagedcore.execution.torch_experts import TorchExpertOps
+from pagedcore.execution.torch_latent import TorchLatentOps
 from pagedcore.execution.torch_quantized import TorchQuantizedOps
 from pagedcore.execution.torch_sampling import sample
 from pagedcore.execution.torch_scores import refine
+from pagedcore.execution.torch_shared import (
+    angles,
+    normed,
+    once,
+    rotate,
+    shared_plan,
+    write_slots,
+)
 
 
-class TorchOps(TorchQuantizedOps, TorchExpertOps):
+class TorchOps(TorchQuantizedOps, TorchExpertOps, TorchLatentOps):
     """The `torch` backend, for any device.
 
     Small steps on a CPU are bound by the number of calls, about a microsecond each, so operations
@@ -94,7 +101,7 @@ class TorchOps(TorchQuantizedOps, TorchExpertOps):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
-        return _normed(x.float(), weight, eps).to(x.dtype)
+        return normed(x.float(), weight, eps).to(x.dtype)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -123,8 +130,11 @@ class TorchOps(TorchQuantizedOps, TorchExpertOps):
         device: torch.device,
     ) -> LayerCache:
         """See `Ops.new_cache`."""
-        shape = (num_blocks, block_size, 2 * spec.num_kv_heads, spec.head_dim)
+        num_vectors = spec.num_kv_heads if spec.latent else 2 * spec.num_kv_heads
+        shape = (num_blocks, block_size, num_vectors, spec.head_dim)
         store = torch.zeros(shape, dtype=dtype, device=device)
+        if spec.latent:
+            return LayerCache(spec, group, block_size, store, store)
         return LayerCache(spec, group, block_size, store, store[:, :, spec.num_kv_heads :])
 
     def rope_and_cache(
@@ -143,21 +153,12 @@ class TorchOps(TorchQuantizedOps, TorchExpertOps):
         if norm is not None or rope is not None:
             value = turned.float()
             if norm is not None:
-                weight = _once(
-                    batch, id(norm), lambda: _head_weights(norm, num_heads, num_kv_heads)
-                )
-                value = _normed(value, weight, norm.eps)
+                weight = once(batch, id(norm), lambda: _head_weights(norm, num_heads, num_kv_heads))
+                value = normed(value, weight, norm.eps)
             if rope is not None:
-                value = _rotate(value, rope, *_once(batch, id(rope), lambda: _angles(rope, batch)))
+                value = rotate(value, rope, *once(batch, id(rope), lambda: angles(rope, batch)))
             turned.copy_(value)
-        slots = batch.slots[cache.group]
-        begun = _once(batch, ("begun", cache.group), lambda: begun_blocks(slots, cache.block_size))
-        store, keys_values = cache.key, heads[:, num_heads:].to(cache.key.dtype)
-        if store.itemsize == 1:  # there is no indexing for float8
-            store, keys_values = store.view(torch.uint8), keys_values.view(torch.uint8)
-        if len(begun):
-            store.index_fill_(0, begun, 0)
-        store.flatten(0, 1).index_copy_(0, slots, keys_values)
+        write_slots(heads[:, num_heads:], cache, batch)
 
     def attention(
         self,
@@ -170,7 +171,7 @@ class TorchOps(TorchQuantizedOps, TorchExpertOps):
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
-        plan = _plan(batch, cache, qkv.dtype)
+        plan = shared_plan(batch, cache, qkv.dtype)
         return attend(qkv, num_heads, scale, cache, plan, soft_cap, sinks)
 
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
@@ -185,54 +186,7 @@ class TorchOps(TorchQuantizedOps, TorchExpertOps):
         return sample(logits, sampling)
 
 
-def _once(batch: StepBatch, key: object, make: Callable[[], Any]) -> Any:
-    """What `make` derives from the step: once, if the step's layers share."""
-    if batch.shared is None:
-        return make()
-    if key not in batch.shared:
-        batch.shared[key] = make()
-    return batch.shared[key]
-
-
-def _plan(batch: StepBatch, cache: LayerCache, dtype: torch.dtype) -> Plan:
-    """What attention does alike in all layers of a group, since their specs are equal."""
-
-    def make() -> Plan:
-        return plan_attention(batch, cache.group, cache.block_size, cache.spec, dtype)
-
-    found: Plan = _once(batch, ("attention", cache.group, dtype), make)
-    return found
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x [..., h] float32 over its last dimension, times weight."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return (x * scale).mul_(weight)
-
-
 def _head_weights(norm: QKNorm, num_heads: int, num_kv_heads: int) -> Tensor:
     """The norm's weights [H + K, D], for queries and then keys."""
     query = norm.query_weight.float().expand(num_heads, -1)
     return torch.cat([query, norm.key_weight.float().expand(num_kv_heads, -1)])
-
-
-def _angles(rope: RopeTable, batch: StepBatch) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, rotated] by which `_rotate` multiplies each element."""
-    cos, sin = rope.cos_sin.index_select(0, batch.positions)[:, None].chunk(2, -1)
-    if rope.interleaved:
-        pairs = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)
-        return pairs[0].flatten(-2), pairs[1].flatten(-2)
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
-def _rotate(heads: Tensor, rope: RopeTable, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the leading elements of heads [T, heads, D] float32."""
-    rotated = cos.shape[-1]
-    head = heads[..., :rotated]
-    if rope.interleaved:
-        other = head.view(*head.shape[:2], -1, 2).flip(-1).flatten(-2)
-    else:
-        other = head.roll(rotated // 2, -1)
-    turned = (head * cos).addcmul_(other, sin)
-    return torch.cat([turned, heads[..., rotated:]], -1) if rotated < heads.shape[-1] else turned

@@ -16,6 +16,7 @@ smollm3.py         SmolLM3ForCausalLM: layers without positions
 cohere.py          CohereForCausalLM, Cohere2ForCausalLM: attention and MLP side by side
 glm.py             GlmForCausalLM, Glm4ForCausalLM: half of each head turns; norms on both sides
 starcoder2.py      Starcoder2ForCausalLM: LayerNorms, biases, a plain MLP
+deepseek.py        DeepseekV2ForCausalLM, DeepseekV3ForCausalLM: latent attention, shared experts
 gpt2.py            GPT2LMHeadModel: learned positions
 gpt_oss.py         GptOssForCausalLM: sinks in attention, windows, clamped experts
 opt.py             OPTForCausalLM: learned positions, norms before or behind
@@ -44,6 +45,8 @@ pagedcore_requires = ">=1,<2"
 MODULES = {
     "Cohere2ForCausalLM": "cohere",
     "CohereForCausalLM": "cohere",
+    "DeepseekV2ForCausalLM": "deepseek",
+    "DeepseekV3ForCausalLM": "deepseek",
     "GPT2LMHeadModel": "gpt2",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",

@@ -17,6 +17,27 @@ GEMMA_3 = {
     "tie_word_embeddings": True,
 }
 
+LATENT = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.5,
+        "original_max_position_embeddings": 64,
+    },
+}
+
 CASES = {
     "LlamaForCausalLM": ModelCase(
         family="Llama 2, 3, 3.1 and 3.2 (text); SmolLM2",
@@ -260,6 +281,49 @@ CASES = {
         },
         notes="sinks; experts in MXFP4 are widened while loading; "
         "blocks that a window has left are freed",
+    ),
+    "DeepseekV2ForCausalLM": ModelCase(
+        family="DeepSeek-V2, V2-Lite, V2.5",
+        config={
+            **LATENT,
+            "model_type": "deepseek_v2",
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5,
+        },
+        variants={
+            "groups of experts and a query's rank": {
+                "q_lora_rank": 40,
+                "attention_bias": True,
+                "topk_method": "group_limited_greedy",
+                "n_group": 4,
+                "topk_group": 2,
+            },
+        },
+        notes="the cache holds one latent vector for each position",
+    ),
+    "DeepseekV3ForCausalLM": ModelCase(
+        family="DeepSeek-V3, V3.1, R1; Kimi K2, Moonlight",
+        config={
+            **LATENT,
+            "model_type": "deepseek_v3",
+            "q_lora_rank": 40,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+        },
+        variants={
+            "one group and no scaling": {
+                "q_lora_rank": None,
+                "n_group": 1,
+                "topk_group": 1,
+                "norm_topk_prob": False,
+                "rope_interleave": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        notes="the cache holds one latent vector for each position; layers that predict further "
+        "tokens are left out",
     ),
     "SmolLM3ForCausalLM": ModelCase(
         family="SmolLM3",
