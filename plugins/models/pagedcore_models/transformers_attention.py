@@ -83,6 +83,7 @@ class Recorder:
         options = {k: v for k, v in options.items() if v is not None and k not in HARMLESS}
         scale = options.pop("scaling", query.shape[-1] ** -0.5)
         window, soft_cap = options.pop("sliding_window", None), options.pop("softcap", None)
+        options.pop("s_aux", None)  # sinks, which each call brings
         if options.pop("is_causal", True) is not True or not getattr(module, "is_causal", True):
             raise UnsupportedAttentionError("its attention is not causal")
         if options:
@@ -136,8 +137,15 @@ class PagedLayer:
         heads = torch.cat([query, key, value], 1)[0]  # [H + 2K, T, D]
         qkv = heads.transpose(0, 1).reshape(heads.shape[1], -1)
         self._ops.rope_and_cache(qkv, call.num_heads, None, None, cache, batch)
+        sinks: Tensor | None = options.get("s_aux")
         mixed = self._ops.attention(
-            qkv, call.num_heads, call.scale, cache, batch, soft_cap=call.soft_cap
+            qkv,
+            call.num_heads,
+            call.scale,
+            cache,
+            batch,
+            soft_cap=call.soft_cap,
+            sinks=None if sinks is None else sinks.float(),
         )
         return mixed.view(1, len(mixed), call.num_heads, call.head_dim)[..., : call.value_dim]
 

@@ -50,7 +50,7 @@ class TransformersModel:
         tensors = _take(build.weights, skeleton.model)
         model = skeleton.model
         if build.device.type != "meta":
-            model = _fill(type(model), config, tensors, build)
+            model = _fill(model, config, tensors, build)
             logger.warning(
                 "%s runs through transformers' modeling code: correct, but slower than what is "
                 "written for pagedcore",
@@ -80,7 +80,10 @@ class TransformersModel:
 
 
 def _take(weights: Weights, model: "PreTrainedModel") -> dict[str, Tensor]:
-    """All tensors of a model, by the names and in the shapes that checkpoints have them in."""
+    """All tensors of a model, by the names and in the shapes that checkpoints have them in.
+
+    These may be others than the model's: checkpoints have experts one by one.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     tied = {
@@ -89,41 +92,51 @@ def _take(weights: Weights, model: "PreTrainedModel") -> dict[str, Tensor]:
         if weights.has(source) or not weights.has(target)
     }
     wanted = {name: t for name, t in model.state_dict().items() if name not in tied}
-    stored: Mapping[str, Tensor] = revert_weight_conversion(model, wanted)
-    taken = {name: weights.take(name, tensor.shape) for name, tensor in stored.items()}
+    wanted = dict(revert_weight_conversion(model, wanted))
     for name in tied:  # a tied head may be there nevertheless
         if weights.has(name):
-            taken[name] = weights.take(name, model.state_dict()[name].shape)
-    return taken
+            wanted[name] = model.state_dict()[name]
+    return {
+        name: weights.take(name, t.shape, dtype=None if t.is_floating_point() else t.dtype)
+        for name, t in wanted.items()
+    }
 
 
 def _fill(
-    kind: type["PreTrainedModel"],
+    skeleton: "PreTrainedModel",
     config: "PreTrainedConfig",
     tensors: Mapping[str, Tensor],
     build: ModelBuild,
 ) -> "PreTrainedModel":
     """The model with its weights, on its device."""
+    kind: Any = type(skeleton)
     with _without_progress():
-        model: PreTrainedModel = kind.from_pretrained(
+        model, found = kind.from_pretrained(
             None,
             config=config,
             state_dict=dict(tensors),
             attn_implementation=IMPLEMENTATION,
             dtype=build.dtype,
+            output_loading_info=True,
         )
-    return model.to(build.device)
+    lost = set(found["missing_keys"]) - skeleton.all_tied_weights_keys.keys()
+    lost |= set(found["unexpected_keys"]) | set(found["mismatched_keys"])
+    if lost or found["error_msgs"]:  # else they would be random numbers
+        raise refusal(kind.__name__, f"its weights cannot be mapped: {', '.join(sorted(lost))}")
+    placed: PreTrainedModel = model.to(build.device)
+    return placed
 
 
 @contextlib.contextmanager
 def _without_progress() -> Iterator[None]:
     """No bars of transformers meanwhile."""
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging as of_transformers
 
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    bars: Any = of_transformers
+    had_bars = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if had_bars:
-            transformers_logging.enable_progress_bar()
+            bars.enable_progress_bar()

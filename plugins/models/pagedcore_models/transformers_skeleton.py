@@ -8,7 +8,7 @@ layer asks of attention, and that the layers and the head can be run apart from 
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -100,12 +100,13 @@ def look_at(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> Skelet
 
     Raises ModelError, naming it and the reason, where it cannot run over a paged cache.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     register()
+    classes: Any = transformers.AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = classes.from_config(
                 copy.deepcopy(config),
                 attn_implementation=IMPLEMENTATION,
                 experts_implementation="batched_mm",  # whose shapes do not depend on the router
@@ -119,7 +120,7 @@ def look_at(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> Skelet
     names = {module: module_name for module_name, module in model.named_modules()}
     recorder = Recorder()
     for module in names:
-        module.paged = recorder  # type: ignore[assignment]  # on each: which have attention?
+        module.paged = recorder  # on each: which of them attend is to be seen
     layers = getattr(model, model.base_model_prefix)
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     try:
@@ -131,9 +132,10 @@ def look_at(config: "PreTrainedConfig", name: str, dtype: torch.dtype) -> Skelet
     except Exception as error:  # whatever modeling code raises where it reads or does not fit
         raise refusal(name, f"a trial without weights fails: {error}") from error
     setattr(model, model.base_model_prefix, layers)
-    if len(recorder.calls) != config.get_text_config().num_hidden_layers:
-        raise refusal(name, "not every layer attends through transformers' interface")
     calls = {names[module]: call for module, call in recorder.calls.items()}
+    reason = _reason_against_calls(model, list(calls.values()))
+    if reason is not None:
+        raise refusal(name, reason)
     return Skeleton(model, calls, type(out), scores.shape[-1])
 
 
@@ -176,3 +178,17 @@ def _reason_against(model: "PreTrainedModel") -> str | None:
     if any(kind.get("rope_type") in BATCH_ROPES for kind in kinds):
         return "its rotation depends on the longest sequence of a batch"
     return None
+
+
+def _reason_against_calls(model: "PreTrainedModel", calls: Sequence[Call]) -> str | None:
+    """Why an architecture cannot run, by what its layers ask for."""
+    config = model.config.get_text_config()
+    if len(calls) != config.num_hidden_layers:
+        return "not every layer attends through transformers' interface"
+    types = getattr(config, "layer_types", None)
+    has_window = [call.window is not None for call in calls]
+    if types is None:
+        is_right = any(has_window) or getattr(config, "sliding_window", None) is None
+    else:
+        is_right = has_window == [kind == "sliding_attention" for kind in types]
+    return None if is_right else "its windows are not those that its config.json states"

@@ -32,6 +32,23 @@ OTHERS = {
     },
     "queries, keys and values in one matrix": {"model_type": "persimmon"},
     "a tied head": {"model_type": "arcee", "tie_word_embeddings": True},
+    "values that are shorter than keys": {
+        "model_type": "minicpm3",
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    },
+    "sinks and windows": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "pad_token_id": None,
+    },
 }
 
 
@@ -55,7 +72,8 @@ def pair(request, tmp_path_factory):
 def test_tokens_are_those_of_transformers(pair, prompts):
     """All prompts at once, in chunks of few tokens, so that prefill and decode share steps."""
     folder, reference = pair
-    llm = engine(folder, max_num_batched_tokens=16, max_num_seqs=4)
+    few = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
+    llm = engine(folder, model_impl="transformers", **few)
     expected = [greedy_tokens(reference, prompt, 24) for prompt in prompts]
     assert tokens_of(llm, prompts) == expected
     assert tokens_of(llm, prompts) == expected  # and with a warm prefix cache
