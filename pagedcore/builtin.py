@@ -19,10 +19,11 @@ def pagedcore_backends() -> Mapping[str, Callable[[str], "Ops"]]:
 
 @hookimpl
 def pagedcore_policies() -> Mapping[str, Callable[[], "Policy"]]:
-    """First come, first served; and by priority."""
+    """First come, first served; by priority; and in fair shares."""
+    from pagedcore.scheduling.fairness import FairShare
     from pagedcore.scheduling.policies import FirstComeFirstServed, Priority
 
-    return {"fcfs": FirstComeFirstServed, "priority": Priority}
+    return {"fcfs": FirstComeFirstServed, "priority": Priority, "fair": FairShare}
 
 
 @hookimpl

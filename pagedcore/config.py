@@ -153,7 +153,10 @@ class SchedulerConfig:
     """Most prompt tokens of one sequence in a step, while others are there; 0 is no limit."""
 
     scheduling_policy: str = "fcfs"
-    """Order of the queue and choice of victims: `fcfs`, `priority`, or a plugin's."""
+    """Order of the queue and choice of victims: `fcfs`, `priority`, `fair`, or a plugin's.
+
+    Under `fair`, API keys share the engine by tokens: a flood of one does not delay the others.
+    """
 
     scheduler_reserve_full_isl: bool = True
     """Admit a prompt only if all of it would fit, not only its first chunk (SLOT-4)."""

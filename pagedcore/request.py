@@ -363,6 +363,9 @@ class Request:
     arrival_time: float = 0.0
     """Seconds on the engine's monotonic clock; orders the queue."""
 
+    owner: str = ""
+    """Who asks, however that is known: owners share under the policy `fair`."""
+
     cache_salt: str | None = None
     """Requests share cached prefixes only with the same salt (KV-3)."""
 

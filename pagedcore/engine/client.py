@@ -94,10 +94,12 @@ class EngineClient:
         bad_words_token_ids: Sequence[Sequence[int]] = (),
         priority: int = 0,
         cache_salt: str | None = None,
+        owner: str = "",
         on_overflow: Callable[[], None] | None = None,
     ) -> Generation:
         """Prepare a request of `params.n` choices; see `Generation`. Nothing is sent yet.
 
+        `owner`, of at most 64 characters, is who shares under the scheduling policy `fair`.
         `on_overflow` is called, in the loop, when the reader has fallen too far behind and the
         request was aborted: whoever waits for a slow connection can be cancelled there.
         Raises RequestError for token ids that are no 32-bit integers.
@@ -105,7 +107,14 @@ class EngineClient:
         prompt = _token_bytes(prompt_token_ids)
         bad_words = tuple(map(tuple, bad_words_token_ids))
         request = wire.Add(
-            self._next_id, prompt, params, eos_token_id, bad_words, priority, cache_salt
+            self._next_id,
+            prompt,
+            params,
+            eos_token_id,
+            bad_words,
+            priority,
+            cache_salt,
+            owner=owner,
         )
         self._next_id += params.n
         return Generation(

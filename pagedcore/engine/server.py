@@ -227,6 +227,7 @@ class EngineServer:
                 priority=message.priority,
                 arrival_time=now,
                 cache_salt=message.cache_salt,
+                owner=message.owner,
                 pooling=pooling,
             )
             for index in range(params.n)

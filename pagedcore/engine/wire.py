@@ -21,7 +21,7 @@ from pagedcore.pooling import PoolingParams
 from pagedcore.request import SamplingParams
 from pagedcore.step import Finished, Int64, StepOutput, TokenLogprobs
 
-VERSION = 3
+VERSION = 4
 """Raised with every change of a message; the two ends must agree."""
 
 MAX_REQUEST_BYTES = 64 << 20
@@ -61,6 +61,7 @@ class Add(Struct, tag="add", array_like=True, frozen=True):
     cache_salt: str | None = None
     pooling: PoolingParams | None = None
     """With it, the answer is a vector and no tokens."""
+    owner: Annotated[str, Meta(max_length=64)] = ""
 
 
 class Abort(Struct, tag="abort", array_like=True, frozen=True):

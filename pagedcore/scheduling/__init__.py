@@ -7,6 +7,7 @@ collector.py   a step's result: tokens, ends, failures
 in_flight.py   planned steps without a result, and what a failure among them touches
 queue.py       the sequences that wait
 policies.py    the order of the queue, and whom to preempt
+fairness.py    the policy by which owners share
 stopping.py    whether a sequence ends with its newest token
 sequence.py    one request's scheduling state: touched at its milestones, never per token
 table.py       the running sequences as columns, indexed by a stable row

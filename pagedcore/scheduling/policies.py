@@ -7,7 +7,11 @@ from pagedcore.request import Request
 
 
 class Policy(Protocol):
-    """Decides about whole requests; it never sees tokens or blocks."""
+    """Decides about whole requests; it never sees tokens or blocks.
+
+    One that also has a method `ended(request)` is told of each request that it was asked about,
+    when that is over for whatever reason and its outputs are known.
+    """
 
     def order(self, request: Request) -> Any:
         """The place in the queue: a value that sorts, lower first; ties go by arrival.

@@ -1,7 +1,7 @@
 """All live sequences, and where each of them is: waiting, deferred, or in a row of the table."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pagedcore.errors import RequestError
 from pagedcore.metrics import PREEMPTIONS, Buckets
@@ -33,6 +33,7 @@ class Roster:
         self.pager = pager
         self.cache = cache
         self.policy = policy
+        self._tell_ended: Callable[[Request], None] | None = getattr(policy, "ended", None)
         self.longest = longest
         self.queue = WaitingQueue()
         self.untold: set[SequenceState] = set()
@@ -210,6 +211,8 @@ class Roster:
             self.ended.append((sequence.request, reason))
         self.preemptions.observe(sequence.request.num_preemptions)
         del self._live[sequence.request.id]
+        if self._tell_ended is not None:
+            self._tell_ended(sequence.request)
         if sequence in self._parents:  # FORK-10
             del self._parents[sequence]
             for fork in sequence.forks:

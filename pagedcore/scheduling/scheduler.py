@@ -127,6 +127,7 @@ class Scheduler:
             child.output_token_ids = list(outputs)
             child.cache_salt = parent.request.cache_salt
             child.priority = parent.request.priority
+            child.owner = parent.request.owner
             child.arrival_time = parent.request.arrival_time
         length = len(parent.request.prompt_token_ids) + len(outputs)
         self._roster.defer(parent, children, length - 1)

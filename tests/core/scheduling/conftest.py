@@ -29,6 +29,7 @@ class Rig:
         algorithm="sha256",
         watermark=0.0,
         priorities=False,
+        policy=None,
         **limits,
     ):
         self.scheduler = Scheduler(
@@ -43,7 +44,7 @@ class Rig:
             enable_prefix_caching=caching,
             hash_algorithm=algorithm,
             kv_watermark=watermark,
-            policy=Priority() if priorities else FirstComeFirstServed(),
+            policy=policy or (Priority() if priorities else FirstComeFirstServed()),
             seed=0,
         )
         self.pool = self.scheduler._pool
@@ -51,7 +52,7 @@ class Rig:
         self.num_requests = 0
         self.in_flight = deque()
 
-    def request(self, prompt, *, eos=-1, salt=None, priority=0, arrival=None, **params):
+    def request(self, prompt, *, eos=-1, salt=None, priority=0, arrival=None, owner="", **params):
         self.num_requests += 1
         params.setdefault("max_tokens", 16)
         return Request(
@@ -60,6 +61,7 @@ class Rig:
             params=SamplingParams(**params),
             eos_token_id=eos,
             cache_salt=salt,
+            owner=owner,
             priority=priority,
             arrival_time=self.num_requests if arrival is None else arrival,
         )
