@@ -116,6 +116,7 @@ class _Connection(asyncio.Protocol):
         self.num_received = 0
         self._on_message = on_message
         self._frames = wire.FrameReader()
+        self._unsent: list[bytes] = []
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -147,8 +148,15 @@ class _Connection(asyncio.Protocol):
         self.end("the engine process has ended")
 
     def send(self, frame: bytes) -> None:
+        """Send with whatever else this turn of the event loop has to send."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(frame)
+
+    def _flush(self) -> None:
         assert self._transport is not None
-        self._transport.write(frame)
+        self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     def end(self, reason: str) -> None:
         """Close; of several reasons the first counts."""

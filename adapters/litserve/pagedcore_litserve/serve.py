@@ -74,7 +74,13 @@ def run(lit_server: LitServer, *, host: str, port: int, **options: Any) -> None:
         spec.is_supervised = True
     lit_server.uvicorn_graceful_timeout = LAST_WORDS_S
     if specs:
-        options = {"http": _Http(specs[0].plan.server), "loop": "uvloop", **options}
+        server = specs[0].plan.server
+        options = {
+            "http": _Http(server),
+            "loop": "pagedcore_openai.event_loop:ServingLoop",  # not imported in this process
+            "proxy_headers": server.enable_log_requests,  # nothing else looks at addresses
+            **options,
+        }
     options = {"generate_client_file": False, "ws": "none", **options}
     num_api_servers = options.get("num_api_servers")
     with Supervisor(lit_server, [s.plan for s in specs], num_api_servers) as supervisor:

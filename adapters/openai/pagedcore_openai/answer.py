@@ -35,6 +35,7 @@ class Answer:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        owner: str = "",
         interval: int = 1,
         every_token: bool = False,
         deadline: float | None = None,
@@ -44,6 +45,7 @@ class Answer:
     ) -> None:
         """Prepare; nothing is sent before `admitted`.
 
+        :param owner: see `EngineClient.generate`.
         :param interval: tokens that a piece waits for, after the first token (STREAM-4).
         :param every_token: whether tokens make a piece before they have made text.
         :param deadline: when everything must be there, in the event loop's time; else ApiError 408.
@@ -66,6 +68,7 @@ class Answer:
                     bad_words_token_ids=item.bad_words_token_ids,
                     priority=priority,
                     cache_salt=cache_salt,
+                    owner=owner,
                     on_overflow=on_overflow,
                 ),
                 item,
@@ -91,7 +94,10 @@ class Answer:
         for prompt in self._prompts:
             prompt.timing.sent()
         try:
-            await asyncio.gather(*(generation.admitted() for generation in self._generations))
+            if len(self._generations) == 1:
+                await self._generations[0].admitted()
+            else:
+                await asyncio.gather(*(one.admitted() for one in self._generations))
         except BaseException:
             self.close()
             raise

@@ -18,6 +18,7 @@ from pagedcore.errors import PagedcoreError
 from pagedcore.plugins import load_plugins
 from pagedcore.server_config import ServerConfig
 from pagedcore_openai.counters import Counters
+from pagedcore_openai.direct import DirectApp
 from pagedcore_openai.endpoints import Endpoints
 from pagedcore_openai.errors import ApiError, as_api_error
 from pagedcore_openai.gate import Gate
@@ -79,7 +80,7 @@ def build_app(
         yield
         await surface.close()
 
-    app = FastAPI(
+    app = DirectApp(
         title="pagedcore",
         lifespan=lifespan,
         redirect_slashes=False,
@@ -88,9 +89,9 @@ def build_app(
         openapi_url=None,
     )
     app.state.surface = surface
-    app.add_middleware(Gate, server=server)
+    app.guard(Gate, server=server)
     if server.allowed_origins:  # in front of the gate: a browser asks without a key first
-        app.add_middleware(
+        app.guard(
             CORSMiddleware,
             allow_origins=server.allowed_origins,
             allow_methods=["GET", "POST"],
@@ -101,7 +102,10 @@ def build_app(
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     intake = Intake(surface)
-    Endpoints(surface, intake).add_to(app)
+    endpoints = Endpoints(surface, intake)
+    endpoints.add_to(app)
+    app.add_direct("/v1/completions", endpoints.completions)
+    app.add_direct("/v1/chat/completions", endpoints.chat)
     Responses(surface, intake, responses or ResponseStore()).add_to(app)
     Probes(surface).add_to(app)
     add_unbuilt(app, surface)

@@ -122,9 +122,11 @@ class Endpoints:
         surface = self._surface
         fields, headers = self._intake.checked(CompletionRequest, body)
         model = self._intake.check_generation(fields)
-        items = await surface.in_thread(
-            prepare.completion_inputs, fields, surface.inputs, surface.server
-        )
+        arguments = fields, surface.inputs, surface.server
+        if prepare.is_quick(fields):
+            items = prepare.completion_inputs(*arguments)
+        else:
+            items = await surface.in_thread(prepare.completion_inputs, *arguments)
         shape = CompletionShape(fields, items, surface.inputs.tokenizer)
         return await self._generate(request, fields, items, shape, model, headers)
 
@@ -148,8 +150,8 @@ class Endpoints:
         try:
             if not fields.stream:
                 work = self._whole(answer, shape, envelope, headers)
-                return await surface.run(request.receive, work)
-            await surface.run(request.receive, answer.admitted())
+                return await surface.run(request.scope, request.receive, work)
+            await surface.run(request.scope, request.receive, answer.admitted())
         except ClientGoneError:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         options = fields.stream_options

@@ -56,6 +56,8 @@ class EventStream(Response, ABC):
         del self.headers["content-length"]
         self._surface = surface
         self._answer = answer
+        self._rest = b""
+        """What is sent together with the end."""
 
     @abstractmethod
     def events_of(self, piece: Piece) -> bytes:
@@ -80,7 +82,7 @@ class EventStream(Response, ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; what has not ended is aborted when its reader goes away."""
         with contextlib.suppress(ClientGoneError):
-            await self._surface.run(receive, self._write(send))
+            await self._surface.run(scope, receive, self._write(send))
 
     async def _write(self, send: Send) -> None:
         beat = _Heart(send, self._surface.server.sse_keepalive_interval)
@@ -94,12 +96,12 @@ class EventStream(Response, ABC):
         except asyncio.CancelledError:
             if not self._surface.aborting:
                 raise
-            events = self.last_words()
-            await send({"type": "http.response.body", "body": events, "more_body": True})
+            self._rest += self.last_words()
         finally:
             self._answer.close()
             beat.stop()
-        await send({"type": "http.response.body", "body": self.END, "more_body": False})
+        rest = self._rest + self.END
+        await send({"type": "http.response.body", "body": rest, "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
         try:
@@ -107,17 +109,18 @@ class EventStream(Response, ABC):
                 yield beginning
             async for piece in self._answer.pieces():
                 events = self.events_of(piece)
-                if events:
+                if not self._answer.live:  # nothing comes after it
+                    self._rest = events
+                elif events:
                     yield events
         except OverloadedError as error:
             if error.reason == "slow_reader":
                 raise ClientGoneError from error  # it does not read an error either
-            yield self.failure(as_api_error(error))
+            self._rest += self.failure(as_api_error(error))
         except Exception as error:
-            yield self.failure(as_api_error(error, admitted=True))
+            self._rest += self.failure(as_api_error(error, admitted=True))
         else:
-            if ending := self.ending():
-                yield ending
+            self._rest += self.ending()
 
 
 class ChunkStream(EventStream):

@@ -8,8 +8,8 @@ import contextlib
 import hashlib
 import hmac
 import math
+import os
 import re
-import uuid
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +36,11 @@ ARRIVAL = "pagedcore_arrival"
 LINGER_S = 2.0
 """Seconds for which the rest of a refused body is read: closing a connection with something
 unread would make the client's system throw our answer away."""
+
+
+def owner_of(digest: bytes) -> str:
+    """What an engine is told of a key's digest: enough to tell keys apart, and no more."""
+    return digest[:8].hex()
 
 
 def valid_request_id(value: str | None) -> str | None:
@@ -70,7 +75,7 @@ class Gate:
         headers = _Headers(scope)
         reader = _Reader(receive)
         state = scope.setdefault("state", {})
-        state[REQUEST_ID] = valid_request_id(headers.get(b"x-request-id")) or uuid.uuid4().hex
+        state[REQUEST_ID] = valid_request_id(headers.get(b"x-request-id")) or os.urandom(16).hex()
         state[ARRIVAL] = asyncio.get_running_loop().time()
         state[DEADLINE] = None
 
@@ -223,10 +228,11 @@ class _Headers:
     """A scope's headers by lower-case name; the first counts."""
 
     def __init__(self, scope: Scope) -> None:
-        self._fields: list[tuple[bytes, bytes]] = scope["headers"]
+        self._fields: dict[bytes, bytes] = dict(reversed(scope["headers"]))
 
     def get(self, name: bytes) -> str | None:
-        return next((v.decode("latin-1") for n, v in self._fields if n.lower() == name), None)
+        value = self._fields.get(name)
+        return None if value is None else value.decode("latin-1")
 
 
 def _presented_key(headers: _Headers) -> str | None:

@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from pagedcore.server_config import ServerConfig
 from pagedcore_openai.errors import ApiError
 from pagedcore_openai.intake import ABORT
+from pagedcore_openai.watch import CONNECTION, Connection
 
 
 class _RefusedError(Exception):
@@ -20,14 +21,15 @@ class _RefusedError(Exception):
 class GuardedHttp(HttpToolsProtocol):
     """Refuses headers above a limit with 431, and closes connections that never send them.
 
-    Use a subclass that `guarded_http` made. It also offers the scope extension "pagedcore.abort",
-    which closes a connection whose reader does not read (STREAM-10).
+    Use a subclass that `guarded_http` made. It also offers the scope extensions "pagedcore.abort",
+    which closes a connection whose reader does not read (STREAM-10), and "pagedcore.connection".
     """
 
     limits: ServerConfig
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._connection = Connection()
         self._in_headers = True
         self._begun = False
         self._is_lost = False
@@ -44,9 +46,10 @@ class GuardedHttp(HttpToolsProtocol):
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
+        """Wait no more, and let nobody work for it."""
         self._disarm()
         super().connection_lost(exc)
+        self._connection.lose()
 
     def data_received(self, data: bytes) -> None:
         """Parse, unless the connection is to end; count what belongs to headers only."""
@@ -67,7 +70,7 @@ class GuardedHttp(HttpToolsProtocol):
         self._num_bytes = self._num_fields = self._num_chunks = self._exact_bytes = 0
         self._arm()
         scope = cast(dict[str, Any], self.scope)
-        scope["extensions"] = {ABORT: self.transport.abort}
+        scope["extensions"] = {ABORT: self.transport.abort, CONNECTION: self._connection}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Count one header field."""

@@ -10,7 +10,7 @@ from pagedcore_openai import prepare
 from pagedcore_openai.answer import Answer
 from pagedcore_openai.body import check_sizes, header_list, ignored_paths, parse_object
 from pagedcore_openai.errors import ApiError
-from pagedcore_openai.gate import ARRIVAL, DEADLINE, REQUEST_ID, valid_request_id
+from pagedcore_openai.gate import ARRIVAL, DEADLINE, KEY, REQUEST_ID, owner_of, valid_request_id
 from pagedcore_openai.protocol import Fields, GenerationRequest
 from pagedcore_openai.surface import Surface
 
@@ -77,6 +77,7 @@ class Intake:
             items,
             priority=fields.priority or 0,
             cache_salt=fields.cache_salt,
+            owner=owner_of(request.scope["state"][KEY]),
             interval=surface.server.stream_interval,
             every_token=bool(fields.return_token_ids),
             deadline=request.scope["state"][DEADLINE],

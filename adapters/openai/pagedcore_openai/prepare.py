@@ -1,6 +1,6 @@
 """A request into what the engine takes: checked, tokenised, with settled parameters.
 
-Everything here may be slow for a long prompt: it runs in a thread.
+Everything here may be slow for a long prompt: it runs in a thread, unless `is_quick`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,6 +42,24 @@ _TEMPLATE_OWN = (
     "documents",
     "add_generation_prompt",
 )
+
+
+QUICK_CHARACTERS = 512
+"""Up to here, tokenising a text costs less than handing it to a thread."""
+
+QUICK_TOKENS = 4096
+"""The same for a prompt of token ids, which are only looked at."""
+
+
+def is_quick(request: CompletionRequest) -> bool:
+    """Whether `completion_inputs` may run in the event loop."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        is_short = len(prompt) <= QUICK_CHARACTERS
+    else:
+        is_short = isinstance(prompt, list) and len(prompt) <= QUICK_TOKENS
+        is_short = is_short and all(type(token) is int for token in prompt)
+    return is_short and not request.bad_words
 
 
 def check_generation(request: GenerationRequest, server: ServerConfig, policy: str) -> None:

@@ -62,10 +62,9 @@ class Responses:
         shape = ResponseShape(response_id, fields, model, item.params.max_tokens or 0)
         try:
             if not fields.background and not fields.stream:
-                return await surface.run(
-                    request.receive, self._whole(answer, shape, stored, fields, headers)
-                )
-            await surface.run(request.receive, answer.admitted())
+                work = self._whole(answer, shape, stored, fields, headers)
+                return await surface.run(request.scope, request.receive, work)
+            await surface.run(request.scope, request.receive, answer.admitted())
         except ClientGoneError:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         stored.body = shape.body("in_progress")

@@ -14,6 +14,7 @@ from pagedcore.engine.client import EngineClient
 from pagedcore.engine.process import BUILD
 from pagedcore.errors import ConfigError
 from pagedcore.server_config import ServerConfig
+from pagedcore_openai import event_loop
 from pagedcore_openai.app import build_app
 from pagedcore_openai.collector import settle_collector
 from pagedcore_openai.http_protocol import guarded_http
@@ -47,10 +48,11 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD) -> 
             settings = uvicorn.Config(
                 app,
                 http=guarded_http(server),
-                loop="uvloop",
+                loop=event_loop.NAME,
                 log_config=None,
                 access_log=server.enable_log_requests,
                 ws="none",
+                proxy_headers=server.enable_log_requests,  # nothing else looks at addresses
                 timeout_graceful_shutdown=_LAST_WORDS_S,
                 **tls,
             )

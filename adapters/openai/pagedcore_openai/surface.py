@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 from pagedcore.config import EngineConfig
 from pagedcore.engine.client import EngineClient
@@ -19,6 +19,7 @@ from pagedcore.text.tokenizer import Tokenizer
 from pagedcore_openai.bounded_inputs import BoundedInputs
 from pagedcore_openai.counters import OPEN, Counters, Slot
 from pagedcore_openai.errors import ApiError
+from pagedcore_openai.watch import Watch
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -146,34 +147,45 @@ class Surface:
                 f"the prompt could not be prepared within {limit:g} s: shorten it"
             ) from None
 
-    async def run(self, receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    async def run(
+        self, scope: Scope, receive: Receive, work: Coroutine[Any, Any, Result]
+    ) -> Result:
         """Do the work of a request until its client goes away; then raise ClientGoneError.
 
         `abort_all` cancels the work too, with `aborting` set: it may still say good-bye.
         """
-        task = self.spawn(work)
-        watcher = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ClientGoneError
-            if task.cancelled() and self.aborting:
-                raise OverloadedError("the server is shutting down", "draining", retry_after_s=5)
-            return task.result()
-        finally:
-            watcher.cancel()
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        task = asyncio.current_task()
+        assert task is not None
+        num_cancelled = task.cancelling()
+        self._begun(task)
+        if self.aborting:  # it has come in between two pieces of work
+            task.cancel()
+        with Watch(scope, receive, task) as watch:
+            try:
+                return await work
+            except asyncio.CancelledError:
+                if watch.is_gone:
+                    raise ClientGoneError from None
+                if self.aborting:
+                    message = "the server is shutting down"
+                    raise OverloadedError(message, "draining", retry_after_s=5) from None
+                raise
+            finally:
+                self._ended(task)
+                if watch.is_gone or self.aborting:  # what is left of the task goes on
+                    while task.cancelling() > num_cancelled:
+                        task.uncancel()
 
     def spawn(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
         """Do work that nobody waits for; the end of the server does, or aborts it."""
         task = asyncio.create_task(work)
-        self._running.add(task)
-        self._idle.clear()
+        self._begun(task)
         task.add_done_callback(self._ended)
         return task
+
+    def _begun(self, task: asyncio.Task[Any]) -> None:
+        self._running.add(task)
+        self._idle.clear()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
@@ -198,11 +210,6 @@ class Surface:
         info = await self.client.wait_ready()
         self._inputs = await asyncio.to_thread(load_inputs, self.config, info)
         self.slot.add(OPEN)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def load_inputs(config: EngineConfig, info: EngineInfo) -> BoundedInputs:

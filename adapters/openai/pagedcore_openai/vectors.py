@@ -192,7 +192,7 @@ class Vectors:
             slot=surface.slot,
         )
         try:
-            return await surface.run(request.receive, answer.whole()), answer
+            return await surface.run(request.scope, request.receive, answer.whole()), answer
         except ClientGoneError:
             return None
 

@@ -17,6 +17,7 @@ from pagedcore_openai.answer import Answer, Piece
 from pagedcore_openai.bounded_inputs import BoundedInputs
 from pagedcore_openai.counters import Slot
 from pagedcore_openai.errors import ApiError
+from pagedcore_openai.gate import owner_of
 from pagedcore_openai.timing import now
 from pagedcore_pytriton import tensors
 from pagedcore_pytriton.cancellation import UID, Cancellations
@@ -91,8 +92,9 @@ class Completions:
         try:
             with self._cancellations.watch(str(parameters.pop(UID, id(request)))):
                 names = (KEY_PARAMETER, *KEY_HEADERS)
-                self._check_key([str(parameters.pop(name, "")) for name in names])
-                async with contextlib.aclosing(self._answer(request.data, parameters)) as answer:
+                owner = self._owner([str(parameters.pop(name, "")) for name in names])
+                answering = self._answer(request.data, parameters, owner)
+                async with contextlib.aclosing(answering) as answer:
                     async for response in answer:
                         yield [response]
         except RequestError as error:
@@ -118,16 +120,19 @@ class Completions:
         self._cancellations.close()
         await self._client.close()
 
-    def _check_key(self, given: list[str]) -> None:
-        """The first that is not empty must be a key; raises ClientError."""
+    def _owner(self, given: list[str]) -> str:
+        """Whose key is the first that is not empty; raises ClientError where it is no key."""
+        if not self._digests:
+            return ""
         digest = _digest(next(filter(None, given), "").removeprefix("Bearer "))
         # All are compared, so that the time tells nothing.
-        if self._digests and not sum(hmac.compare_digest(digest, own) for own in self._digests):
+        if not sum(hmac.compare_digest(digest, own) for own in self._digests):
             raise ClientError(
                 "INVALID_ARG",
                 "an API key is needed: metadata `authorization: Bearer ...` over gRPC, the field "
                 f"`{KEY_PARAMETER}` of the body over HTTP",
             )
+        return owner_of(digest)
 
     def _check_open(self) -> BoundedInputs:
         if self._draining:
@@ -139,14 +144,21 @@ class Completions:
         return self._inputs
 
     async def _answer(
-        self, data: dict[str, Any], parameters: dict[str, Any]
+        self, data: dict[str, Any], parameters: dict[str, Any], owner: str
     ) -> AsyncGenerator[dict[str, Any], None]:
         arrival = now()
         inputs = self._check_open()
         asked = tensors.read(data, parameters)
         entry = await asyncio.to_thread(self._prepare, inputs, asked)
         num_inputs = len(entry.prompt_token_ids)
-        answer = Answer(self._client, inputs.tokenizer, [entry], arrival=arrival, slot=self._slot)
+        answer = Answer(
+            self._client,
+            inputs.tokenizer,
+            [entry],
+            owner=owner,
+            arrival=arrival,
+            slot=self._slot,
+        )
         await answer.admitted()
         with contextlib.closing(answer):
             if asked.stream:

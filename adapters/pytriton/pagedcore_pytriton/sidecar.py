@@ -13,6 +13,7 @@ import uvicorn
 from pagedcore.config import EngineConfig
 from pagedcore.engine.client import EngineClient
 from pagedcore.server_config import ServerConfig
+from pagedcore_openai import event_loop
 from pagedcore_openai.app import build_app
 from pagedcore_openai.counters import Counters
 from pagedcore_openai.http_protocol import guarded_http
@@ -44,10 +45,11 @@ class Sidecar:
             uvicorn.Config(
                 app,
                 http=guarded_http(server),
-                loop="uvloop",
+                loop=event_loop.NAME,
                 log_config=None,
                 access_log=server.enable_log_requests,
                 ws="none",
+                proxy_headers=server.enable_log_requests,  # nothing else looks at addresses
                 timeout_graceful_shutdown=_LAST_WORDS_S,
                 **tls_options(server),
             )
