@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pagedcore.scheduling.policies import Policy
     from pagedcore.sources import Source
     from pagedcore.testing.model_case import ModelCase
+    from pagedcore.testing.quantizer_case import QuantizerCase
 
 SPEC_VERSION = (1, 0)
 """Major and minor: a minor version only adds hooks or optional arguments."""
@@ -64,6 +65,17 @@ def pagedcore_quantizers() -> Mapping[str, Callable[[Mapping[str, Any]], "Quanti
     `quantization_config`, or with an empty mapping when the format is applied while loading.
 
     :returns: such as `{"int8": Int8Quantizer}`.
+    """
+
+
+@hookspec
+def pagedcore_quantizer_cases() -> Mapping[str, "QuantizerCase"]:
+    """Offer, for weight formats, a way to store a matrix and the bounds that are promised.
+
+    Asked by `pagedcore plugins test` and by the quantizer kit in `pagedcore.testing`, never by an
+    engine. A format without a case is only checked for how its factory is called.
+
+    :returns: such as `{"int8": QuantizerCase(settings={}, max_error=0.01, max_bytes=1.1)}`.
     """
 
 

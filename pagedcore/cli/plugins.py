@@ -1,5 +1,6 @@
 """`pagedcore plugins`: what is installed, whether it loads, and whether it keeps its contract."""
 
+import os
 from importlib.metadata import EntryPoint, entry_points
 
 from cyclopts import App
@@ -8,15 +9,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from pagedcore import hookspecs
-from pagedcore.cli.contract import check_offer
 from pagedcore.errors import PagedcoreError, UnknownNameError
 from pagedcore.plugins import GROUP, collect, register
+from pagedcore.testing.plugin_checks import INTERPRETED, plugin_checks
 
 app = App(name="plugins", help="Look at what is installed.")
 
-HOOKS = [name for name in vars(hookspecs) if name.startswith("pagedcore_")]
+OBSERVERS = {
+    "pagedcore_step_finished": "steps",
+    "pagedcore_request_finished": "requests",
+    "pagedcore_routes": "HTTP routes",
+}
+"""Hooks that offer no parts by name, and what a plugin does there."""
+
+CASES = ("pagedcore_model_cases", "pagedcore_quantizer_cases")
 OFFERS = [
-    name for name in HOOKS if name not in {"pagedcore_step_finished", "pagedcore_model_cases"}
+    name
+    for name in vars(hookspecs)
+    if name.startswith("pagedcore_") and name not in {*OBSERVERS, *CASES}
 ]
 
 
@@ -61,32 +71,38 @@ def doctor() -> int:
     return 1 if num_problems else 0
 
 
-@app.command
-def test(name: str) -> int:
-    """Check that what one plugin offers can be made, and has what its protocol asks for.
+@app.command(name="test")
+def check(name: str, *, backend: tuple[str, ...] = ("torch",), serve: bool = False) -> int:
+    """Put what one plugin promises to the test, on the CPU: see docs/plugins.md.
 
     Parameters
     ----------
     name
         The plugin, as `pagedcore plugins list` shows it.
+    backend
+        Where its models run. `triton` runs in Triton's interpreter.
+    serve
+        Start the servers that it offers, too.
     """
     entries = {entry.name: entry for entry in _installed()}
     if name not in entries:
         raise UnknownNameError("plugin", name, entries)
-    num_failed = 0
+    if INTERPRETED in backend:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     try:
-        manager = register({name: entries[name].load()})
-        offers = [(hook, *item) for hook in OFFERS for item in collect(manager, hook).items()]
+        checks = list(plugin_checks(name, entries[name].load(), backends=backend, serves=serve))
     except Exception as error:
         _say("failed", f"{name} does not load: {_describe(error)}")
         return 1
-    for hook, offer, factory in offers:
+    num_failed = 0
+    for promise in checks:
         try:
-            remark = check_offer(hook, factory)
-            _say("ok", f"{_kind(hook)} {offer}" + (f": {remark}" if remark else ""))
+            remark = promise()
+            _say("ok", f"{promise}: {remark}" if remark else str(promise))
         except Exception as error:
             num_failed += 1
-            _say("failed", f"{_kind(hook)} {offer}: {_describe(error)}")
+            _say("failed", f"{promise}: {_describe(error)}")
+    print(f"checks: {len(checks)}, failed: {num_failed}")
     return 1 if num_failed else 0
 
 
@@ -103,8 +119,8 @@ def _offers(entry: EntryPoint) -> dict[str, list[str]]:
     """Names by kind; raises what keeps the plugin from loading or answering."""
     manager = register({entry.name: entry.load()})
     offers = {_kind(hook): sorted(collect(manager, hook)) for hook in OFFERS}
-    if manager.hook.pagedcore_step_finished.get_hookimpls():
-        offers["observer"] = ["steps"]
+    seen = [what for hook, what in OBSERVERS.items() if getattr(manager.hook, hook).get_hookimpls()]
+    offers["observer"] = seen
     return {kind: names for kind, names in offers.items() if names}
 
 

@@ -10,4 +10,9 @@ model_kit.py         its logits in every schedule, against transformers
 schedules.py         the schedules: chunks, decodes, batches, cached prefixes
 paged_model.py       PagedModel: a model over a paged cache, driven by hand
 drawn_checkpoint.py  a checkpoint for an architecture that transformers does not have
+quantizer_kit.py     a format's error and size, as its QuantizerCase (quantizer_case.py) promises
+backend_kit.py       every operation against plain torch; backend_steps.py makes steps for it
+policy_kit.py        orders and victims of a scheduling policy
+mount_kit.py         a server from start to end
+plugin_checks.py     all of them, for one plugin; pytest_plugin.py makes cases of a test of them
 """
