@@ -11,6 +11,7 @@ packed.py        what formats of few bits share: parts become a matrix, experts 
 int8.py          whole numbers on both sides of a product
 formats.py       the quantization_config that a checkpoint has
 modules.py       the layers that it names
+cases.py         what formats promise of error and size
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from pagedcore import hookimpl
 
 if TYPE_CHECKING:
     from pagedcore.execution.quantizer import Quantizer
+    from pagedcore.testing.quantizer_case import QuantizerCase
 
 pagedcore_requires = ">=1,<2"
 
@@ -37,6 +39,14 @@ def pagedcore_quantizers() -> Mapping[str, Callable[[Mapping[str, Any]], "Quanti
         "gptq": _gptq,
         "mxfp4": _mxfp4,
     }
+
+
+@hookimpl
+def pagedcore_quantizer_cases() -> Mapping[str, "QuantizerCase"]:
+    """See `pagedcore.hookspecs`."""
+    from pagedcore_quantization.cases import CASES
+
+    return CASES
 
 
 def _fp8(settings: Mapping[str, Any]) -> "Quantizer":
