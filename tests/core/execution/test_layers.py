@@ -22,11 +22,12 @@ META = torch.device("meta")
 
 FAMILIES = [
     *("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Gemma2", "Gemma3"),
-    *("Granite", "Olmo2", "Phi3", "SmolLM3"),
+    *("Granite", "Olmo2", "Phi3", "SmolLM3", "Cohere", "Cohere2", "Glm", "Glm4", "Starcoder2"),
+    "OPT",
 ]
 CONFIGS = {
-    f"{family}ForCausalLM": pagedcore_models.pagedcore_model_cases()[f"{family}ForCausalLM"].config
-    for family in FAMILIES
+    architecture: pagedcore_models.pagedcore_model_cases()[architecture].config
+    for architecture in [*(f"{family}ForCausalLM" for family in FAMILIES), "GPT2LMHeadModel"]
 }
 
 
@@ -48,7 +49,7 @@ class ShapeOps(TorchOps):
     def rope_and_cache(self, qkv, num_heads, rope, norm, cache, batch):
         self.calls.append("rope_and_cache")
         assert qkv.shape[1] == (num_heads + 2 * cache.spec.num_kv_heads) * cache.spec.head_dim
-        assert rope is None or rope.cos_sin.shape[1] == cache.spec.head_dim
+        assert rope is None or rope.cos_sin.shape[1] <= cache.spec.head_dim
 
     def attention(self, qkv, num_heads, scale, cache, batch, soft_cap=None, sinks=None):
         self.calls.append("attention")

@@ -5,6 +5,7 @@ import torch
 
 import pagedcore_models
 from pagedcore import LLM, SamplingParams
+from pagedcore.testing.model_case import SIZES
 from pagedcore.testing.tiny_models import save_tiny_model
 
 pytestmark = [
@@ -28,6 +29,13 @@ FAMILIES = {
     "GraniteForCausalLM": {"hidden_size": 256},
     "Olmo2ForCausalLM": {"hidden_size": 256},
     "SmolLM3ForCausalLM": {"hidden_size": 256},
+    "CohereForCausalLM": {"hidden_size": 256, "use_qk_norm": True},
+    "Cohere2ForCausalLM": {"hidden_size": 256, "sliding_window": 20},
+    "GlmForCausalLM": {"head_dim": 64},
+    "Glm4ForCausalLM": {"head_dim": 64},
+    "Starcoder2ForCausalLM": {"hidden_size": 256, "sliding_window": 20},
+    "GPT2LMHeadModel": {"hidden_size": 256},
+    "OPTForCausalLM": {"hidden_size": 256, "word_embed_proj_dim": 256},
 }
 """Fields of a tiny model, by a name that `save_tiny_model` knows, or by the architecture's."""
 
@@ -55,6 +63,14 @@ def test_tokens_are_those_of_plain_torch(family, tmp_path, prompts):
         for together in (True, False):
             tokens = tokens_of(tmp_path, prompts, enforce_eager=eager, together=together)
             assert tokens == expected, f"{eager=}, {together=}"
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "olmoe"])
+def test_tokens_of_transformers_code_are_those_of_plain_torch(model_type, tmp_path, prompts):
+    save_tiny_model(tmp_path, {**SIZES, "model_type": model_type, "hidden_size": 256})
+    expected = tokens_of(tmp_path, prompts, backend="torch")
+    for together in (True, False):
+        assert tokens_of(tmp_path, prompts, together=together) == expected, f"{together=}"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
