@@ -61,8 +61,9 @@ def save_tiny_model(
     model.eval()
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
-    model.generation_config.eos_token_id = None  # `greedy_tokens` goes on after an end
-    model.generation_config.pad_token_id = END
+    if getattr(model, "generation_config", None) is not None:  # an encoder has none
+        model.generation_config.eos_token_id = None  # `greedy_tokens` goes on after an end
+        model.generation_config.pad_token_id = END
     reference: PreTrainedModel = model.float()
     return reference
 

@@ -20,6 +20,9 @@ deepseek.py        DeepseekV2ForCausalLM, DeepseekV3ForCausalLM: latent attentio
 gpt2.py            GPT2LMHeadModel: learned positions
 gpt_oss.py         GptOssForCausalLM: sinks in attention, windows, clamped experts
 opt.py             OPTForCausalLM: learned positions, norms before or behind
+bert.py            BertModel, XLMRobertaModel, RobertaModel, and each with a classifier
+modernbert.py      ModernBertModel, and the same with a classifier
+encoder.py         what these share
 transformers_*.py  all others that transformers has: its modeling code over our cache
 cases.py           each of them at a size that the model kit checks
 plain_decoder.py   the way through the layers of models with LayerNorms
@@ -70,11 +73,23 @@ MODULES = {
 }
 """The module of each architecture, which is imported when the architecture is asked for."""
 
+ENCODERS = {
+    "BertForSequenceClassification": "bert",
+    "BertModel": "bert",
+    "ModernBertForSequenceClassification": "modernbert",
+    "ModernBertModel": "modernbert",
+    "RobertaForSequenceClassification": "bert",
+    "RobertaModel": "bert",
+    "XLMRobertaForSequenceClassification": "bert",
+    "XLMRobertaModel": "bert",
+}
+"""The same for models that make vectors or scores and no text, which the model kit cannot check."""
+
 
 @pagedcore.hookimpl
 def pagedcore_models() -> Mapping[str, Callable[..., type["Model"] | None]]:
     """See `pagedcore.hookspecs`."""
-    known = {name: partial(_load, module, name) for name, module in MODULES.items()}
+    known = {name: partial(_load, module, name) for name, module in (MODULES | ENCODERS).items()}
     return {**known, "*": _last_resort}
 
 
