@@ -5,10 +5,9 @@ With TRITON_INTERPRET=1 in the environment before triton is imported, everything
 triton's interpreter: slow, and the same arithmetic.
 
 A layer's cache is two tensors [N blocks, K kv heads, B positions, D elements]: the positions of one
-head in one block lie together, in one run that attention reads in full lines.
+head in one block lie together, in one run that attention reads in full lines. Latent vectors are
+one tensor of this kind, of one head.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -36,20 +35,21 @@ from pagedcore_kernels import (
 )
 from pagedcore_kernels import moe as mixtures
 from pagedcore_kernels import sampling as draws
-from pagedcore_kernels.decode_attention import DecodeConfig, choose_decode, decode_attention
+from pagedcore_kernels.decode_attention import choose_decode, decode_attention
 from pagedcore_kernels.dependent import can_depend
 from pagedcore_kernels.extend_attention import extend_attention
-from pagedcore_kernels.extend_plan import build_tile_list, choose_extend, num_parts
+from pagedcore_kernels.extend_plan import choose_extend, num_parts
 from pagedcore_kernels.fallback import PlainOps, with_fallback
+from pagedcore_kernels.latent_ops import LatentOps
 from pagedcore_kernels.linear_ops import LinearOps
 from pagedcore_kernels.small_linear import Scratch
-from pagedcore_kernels.work_list import WorkList, build_work_list
+from pagedcore_kernels.step_lists import shared_tile_list, shared_work_list
 
 MIN_CAPABILITY = (8, 0)
 """The first with bfloat16 matrix products and asynchronous copies."""
 
 
-class TritonOps(LinearOps):
+class TritonOps(LinearOps, LatentOps):
     """The `triton` backend, for one device."""
 
     name = "triton"
@@ -120,6 +120,11 @@ class TritonOps(LinearOps):
         """See `Ops.gelu_mul`."""
         return activation.gelu_mul(gate_up, tanh=tanh)
 
+    @with_fallback
+    def cap_scores(self, scores: Tensor, cap: float) -> Tensor:
+        """See `Ops.cap_scores`."""
+        return activation.cap_scores(scores, cap)
+
     def new_cache(
         self,
         spec: CacheSpec,
@@ -131,7 +136,8 @@ class TritonOps(LinearOps):
     ) -> LayerCache:
         """See `Ops.new_cache`."""
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        key = torch.zeros(shape, dtype=dtype, device=device)
+        value = key if spec.latent else torch.zeros_like(key)
         return LayerCache(spec, group, block_size, key, value)
 
     @with_fallback
@@ -183,7 +189,7 @@ class TritonOps(LinearOps):
                 scale,
                 cache.key,
                 cache.value,
-                self._work_list(cache, batch, decode),
+                shared_work_list(cache, batch, spec.num_kv_heads, self._num_sms, decode),
                 out[:num_single],
                 window=spec.window,
                 soft_cap=soft_cap,
@@ -209,7 +215,7 @@ class TritonOps(LinearOps):
                 batch.query_start[num_single:],
                 batch.rows[num_single:],
                 batch.context_len[num_single:],
-                _tile_list(extend.queries // group, num_tokens, batch),
+                shared_tile_list(extend.queries // group, num_tokens, batch),
                 out,
                 first_token=num_single,
                 parts=num_parts(
@@ -248,38 +254,6 @@ class TritonOps(LinearOps):
     def sample(self, logits: Tensor, sampling: SamplingTensors) -> Tensor:
         """See `Ops.sample`."""
         return draws.sample(logits, sampling)
-
-    def _work_list(self, cache: LayerCache, batch: StepBatch, config: DecodeConfig) -> WorkList:
-        """Shares of the step's single tokens: one list for all layers of a cache group."""
-        num_kv_heads, window = cache.spec.num_kv_heads, cache.spec.window
-        shared: dict[Any, Any] = {} if batch.shared is None else batch.shared
-        key = ("work list", cache.group, num_kv_heads, window, config)
-        if key not in shared:
-            shared[key] = build_work_list(
-                batch.context_len[: batch.num_single],
-                batch.rows[: batch.num_single],
-                batch.block_tables[cache.group],
-                num_kv_heads=num_kv_heads,
-                block_size=cache.block_size,
-                tile=config.tile,
-                window=window,
-                max_context_len=batch.max_context_len,
-                programs=max(self._num_sms * config.programs_per_sm // num_kv_heads, 1),
-                min_share=config.min_share,
-            )
-        work: WorkList = shared[key]
-        return work
-
-
-def _tile_list(tokens: int, num_tokens: int, batch: StepBatch) -> Tensor:
-    """Runs of `tokens` in the step's longer sequences; one list for layers with equal groups."""
-    shared: dict[Any, Any] = {} if batch.shared is None else batch.shared
-    key = ("tile list", tokens)
-    if key not in shared:
-        query_start = batch.query_start[batch.num_single :]
-        shared[key] = build_tile_list(query_start, num_tokens - batch.num_single, tokens)
-    tiles: Tensor = shared[key]
-    return tiles
 
 
 def _size_of(device: torch.device) -> tuple[int, int]:

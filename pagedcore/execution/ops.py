@@ -215,6 +215,10 @@ class Ops(QuantizedOps, ExpertOps, Protocol):
         """As `silu_mul` with gelu(gate); `tanh` takes the approximation by that function."""
         ...
 
+    def cap_scores(self, scores: Tensor, cap: float) -> Tensor:
+        """cap * tanh(scores / cap), float32, of what `scores` returned and gives up."""
+        ...
+
     def new_cache(
         self,
         spec: CacheSpec,

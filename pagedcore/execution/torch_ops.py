@@ -120,6 +120,10 @@ class TorchOps(TorchQuantizedOps, TorchExpertOps, TorchLatentOps):
         gate, up = gate_up.chunk(2, -1)
         return functional.gelu(gate, approximate="tanh" if tanh else "none").mul_(up)
 
+    def cap_scores(self, scores: Tensor, cap: float) -> Tensor:
+        """See `Ops.cap_scores`."""
+        return scores.float().div_(cap).tanh_().mul_(cap)
+
     def new_cache(
         self,
         spec: CacheSpec,

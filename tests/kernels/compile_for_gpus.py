@@ -87,6 +87,7 @@ def main():
     ops.silu_mul(x)
     for tanh in (False, True):
         ops.gelu_mul(x, tanh=tanh)
+    ops.cap_scores(x, 30.0)
     gate_up, down = x.new_ones(8, 64, 128), x.new_ones(8, 128, 32)
     routing = Routing(num_chosen=2, normalize=True)
     ops.moe(x, *ops.route(x.new_ones(4, 8), routing), Experts(gate_up=gate_up, down=down))

@@ -15,7 +15,7 @@ def test_every_check_passes_and_there_is_one_for_each_kernel(device):
     checks = list(check_kernels(device, small=True))
     assert [check.name for check in checks if not check.passed] == []
     kernels = {check.name.split()[0] for check in checks}
-    rows = {"rms_norm", "add_rms_norm", "silu_mul", "gelu_mul"}
+    rows = {"rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "cap_scores"}
     assert kernels == rows | {"attention", "rope_and_cache", "copy_blocks", "moe"}
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pagedcore_kernels.activation import gelu_mul, silu_mul
+from pagedcore_kernels.activation import cap_scores, gelu_mul, silu_mul
 from pagedcore_kernels.norms import add_rms_norm, rms_norm
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -74,8 +74,24 @@ def test_a_gelu_of_large_gates_is_the_gate_or_nothing(tanh, device):
     torch.testing.assert_close(out, gate.clamp(min=0), rtol=0, atol=1e-20)
 
 
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (2, 2049)])
+def test_scores_are_capped_in_float32(shape, dtype, device):
+    scores = 20 * draw(*shape, dtype, device)
+    want = 30 * torch.tanh(scores.double() / 30)
+    assert_near(cap_scores(scores, 30.0), want, torch.float32)
+
+
+def test_scores_far_beyond_the_cap_are_the_cap_and_nan_stays_nan(device):
+    scores = torch.tensor([[-1e9, -3e3, 3e3, 1e9, torch.nan]], device=device)
+    out = cap_scores(scores, 30.0)
+    torch.testing.assert_close(out[0, :4].tolist(), [-30.0, -30.0, 30.0, 30.0])
+    assert out[0, 4].isnan()
+
+
 def test_a_step_without_tokens_is_empty(device):
     x = torch.empty(0, 16, device=device)
     assert rms_norm(x, torch.ones(16, device=device), 1e-5).shape == (0, 16)
     assert silu_mul(x).shape == (0, 8)
     assert gelu_mul(x, tanh=True).shape == (0, 8)
+    assert cap_scores(x, 30.0).shape == (0, 16)

@@ -104,6 +104,10 @@ def _check_rows(device: str, dtype: torch.dtype, small: bool) -> Iterator[Check]
             error = relative_error(ops.gelu_mul(gate_up, tanh=tanh), want)
             name = f"gelu_mul {kind} F {h}{', tanh' if tanh else ''}"
             yield Check(name, error, LIMITS[dtype])
+        error = relative_error(
+            ops.cap_scores(gate_up.clone(), 2.0), plain.cap_scores(gate_up.clone(), 2.0)
+        )
+        yield Check(f"cap_scores {kind} V {2 * h}", error, LIMITS[torch.float32])
 
 
 def _check_cache(device: str, dtype: torch.dtype) -> Iterator[Check]:

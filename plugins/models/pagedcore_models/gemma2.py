@@ -20,6 +20,7 @@ class GemmaDecoder(Decoder):
         # The root is rounded to the model's type first, as it was while Gemma was trained:
         scale = torch.tensor(sizes.h**0.5, dtype=build.dtype).item()
         super().__init__(build, sizes, layers, embedding_scale=scale, norm_offset=1.0)
+        self._ops = build.ops
         fields = ConfigFields(build.config)
         self._cap = fields.number_or_none("final_logit_softcapping", self.default_cap)
 
@@ -29,9 +30,7 @@ class GemmaDecoder(Decoder):
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
         scores = super().logits(hidden)
-        if self._cap is None:
-            return scores
-        return scores.float().div_(self._cap).tanh_().mul_(self._cap)
+        return scores if self._cap is None else self._ops.cap_scores(scores, self._cap)
 
 
 class Gemma2ForCausalLM(GemmaDecoder):

@@ -111,6 +111,15 @@ def test_the_gate_comes_first_in_silu_mul_and_gelu_mul(tokens, width, dtype):
     check(ops.gelu_mul(gate_up, tanh=True), gate * (1 + turned.tanh()) / 2 * up, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_capped_in_float32(dtype):
+    scores = 40 * random(3, 50, dtype=dtype)
+    want = 30 * torch.tanh(scores.double() / 30)
+    out = TorchOps("cpu").cap_scores(scores, 30.0)
+    assert out.dtype == torch.float32
+    check(out, want)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (9, 3)]),
