@@ -31,7 +31,9 @@ def plugin_checks(
     manager = register({name: plugin})
     for hook, check in _SIMPLE.items():
         for offer, factory in collect(manager, hook).items():
-            yield Check(f"{_kind(hook)} {offer}", "", partial(_called, check, factory))
+            is_last_resort = (hook, offer) == ("pagedcore_models", "*")
+            called = partial(_called, _check_last_resort if is_last_resort else check, factory)
+            yield Check(f"{_kind(hook)} {offer}", "", called)
     yield from _models(collect(manager, "pagedcore_models"), manager, backends)
     yield from _quantizers(collect(manager, "pagedcore_quantizers"), manager)
     yield from _backends(collect(manager, "pagedcore_backends"))
@@ -128,6 +130,12 @@ def _check_model(factory: Callable[[], Any]) -> str:
     model = factory()
     if not isinstance(model, type):
         raise PluginError(f"the factory must return a class, not {model!r}")
+    return ""
+
+
+def _check_last_resort(factory: Callable[[Mapping[str, Any]], Any]) -> str:
+    if factory({"architectures": ["NobodysForCausalLM"]}) is not None:
+        raise PluginError("the last resort must return None for what it does not know")
     return ""
 
 
