@@ -22,6 +22,7 @@ batch.py           a `StepPlan` as tensors: the one crossing from bookkeeping to
 executor.py        Executor: launches steps
 pooler.py          hidden states into vectors, in place of tokens
 pooled_model.py    what a model, or its folder, says about its vectors
+headless.py        decoders that were saved without their heads
 loading.py         an Executor from a configuration: device, model, cache, in this order
 graphs.py          whole decode steps as CUDA graphs
 extend_graphs.py   steps with short extensions as CUDA graphs

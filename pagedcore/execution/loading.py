@@ -19,7 +19,7 @@ import torch
 from pagedcore.cache_spec import group_layers
 from pagedcore.config import EngineConfig, Usage
 from pagedcore.errors import ConfigError, ModelError
-from pagedcore.execution import memory
+from pagedcore.execution import headless, memory
 from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.devices import available_bytes, choose_dtype, find_device, total_bytes
 from pagedcore.execution.executor import Executor
@@ -50,6 +50,7 @@ def build_executor(
         if config.model.load_format == "dummy"
         else Checkpoint(folder)
     )
+    is_headless = isinstance(checkpoint, Checkpoint) and headless.complete(checkpoint)
     model_class = choose_model(config.model.model_impl, checkpoint.config, plugins)
     of_model = complete_config(checkpoint.config, model_class)
     quantizer = _choose_quantizer(config, of_model, plugins)
@@ -125,7 +126,7 @@ def build_executor(
         logits_processors=collect(plugins, "pagedcore_logits_processors"),
         groups=groups,
         num_blocks=num_blocks,
-        task=task_of(meta),
+        task="embed" if is_headless else task_of(meta),
         pooling=pooling,
         startup_seconds={"weights": loaded - started, "profile": time.perf_counter() - loaded},
     )
