@@ -11,6 +11,7 @@ from pagedcore import hookimpl
 from pagedcore.execution.layers import Attention, Embedding, GatedMLP, Head, RMSNorm
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.rope import make_rope
+from pagedcore.testing.model_case import SIZES, ModelCase
 
 pagedcore_requires = ">=1,<2"
 
@@ -18,6 +19,12 @@ pagedcore_requires = ">=1,<2"
 @hookimpl
 def pagedcore_models():
     return {"ParallelForCausalLM": lambda: ParallelForCausalLM}
+
+
+@hookimpl
+def pagedcore_model_cases():
+    config = {**SIZES, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+    return {"ParallelForCausalLM": ModelCase(family="Parallel", config=config, reference="")}
 
 
 class ParallelForCausalLM:

@@ -1,14 +1,8 @@
 """The example plugin, installed as a stranger's distribution, found and run."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "my-plugin"
 
 CONFIG = dict(
     architectures=["ParallelForCausalLM"],
@@ -23,6 +17,14 @@ CONFIG = dict(
     rope_theta=10000.0,
     dtype="float32",
 )
+
+PROMISES = """
+import pytest
+
+@pytest.mark.pagedcore_plugin("my-plugin")
+def test_my_plugin_keeps_its_promises(pagedcore_check):
+    pagedcore_check()
+"""
 
 GENERATE = """
 import sys
@@ -53,31 +55,29 @@ print("same tokens")
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """An environment in which the example is installed beside this workspace."""
-    target = tmp_path_factory.mktemp("site")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    options = ["--no-deps", "--no-build-isolation", "--target", str(target)]
-    subprocess.run([*install, *options, str(EXAMPLE)], check=True, timeout=120)
-    return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+def installed(install):
+    return install("my-plugin")
 
 
-def run(environment, *command):
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120
-    )
+def test_the_plugin_is_listed(installed):
+    assert "ParallelForCausalLM" in installed.pagedcore("plugins", "list")
 
 
-def test_the_plugin_is_listed_and_passes_its_test(environment):
-    listed = run(environment, "-m", "pagedcore.cli", "plugins", "list")
-    assert listed.returncode == 0, listed.stderr
-    assert "ParallelForCausalLM" in listed.stdout
-    tested = run(environment, "-m", "pagedcore.cli", "plugins", "test", "my-plugin")
-    assert tested.returncode == 0, tested.stdout + tested.stderr
+def test_the_plugin_passes_the_model_kit(installed):
+    said = installed.pagedcore("plugins", "test", "my-plugin")
+    for dtype in ("float32", "bfloat16"):
+        assert f"ok      model ParallelForCausalLM: {dtype}, torch: within" in said
+    assert "failed: 0" in said
 
 
-def test_its_model_gives_the_same_tokens_chunked_and_whole(environment, tmp_path):
+def test_its_model_gives_the_same_tokens_chunked_and_whole(installed, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    result = run(environment, "-c", GENERATE, str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "same tokens"
+    assert installed.run("-c", GENERATE, str(tmp_path)).strip() == "same tokens"
+
+
+def test_pytest_runs_its_checks_as_cases_of_a_test(installed, tmp_path):
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["pagedcore.testing.pytest_plugin"]')
+    (tmp_path / "test_it.py").write_text(PROMISES)
+    options = ["-q", "-p", "no:cacheprovider", "--strict-markers", "-c", "/dev/null"]
+    said = installed.run("-m", "pytest", *options, "--rootdir", str(tmp_path), str(tmp_path))
+    assert "3 passed" in said
