@@ -10,7 +10,7 @@ needs anything else of it, or remembers the past in another way, is refused by n
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -105,16 +105,19 @@ def _take(weights: Weights, model: "PreTrainedModel") -> dict[str, Tensor]:
 def _fill(
     skeleton: "PreTrainedModel",
     config: "PreTrainedConfig",
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     build: ModelBuild,
 ) -> "PreTrainedModel":
-    """The model with its weights, on its device."""
+    """The model with its weights, on its device; `tensors` is given up.
+
+    transformers places them in the host's memory, so both may hold them, but the device only once.
+    """
     kind: Any = type(skeleton)
     with _without_progress():
         model, found = kind.from_pretrained(
             None,
             config=config,
-            state_dict=dict(tensors),
+            state_dict=tensors,
             attn_implementation=IMPLEMENTATION,
             dtype=build.dtype,
             output_loading_info=True,
@@ -123,6 +126,7 @@ def _fill(
     lost |= set(found["unexpected_keys"]) | set(found["mismatched_keys"])
     if lost or found["error_msgs"]:  # else they would be random numbers
         raise refusal(kind.__name__, f"its weights cannot be mapped: {', '.join(sorted(lost))}")
+    tensors.clear()
     placed: PreTrainedModel = model.to(build.device)
     return placed
 
