@@ -5,7 +5,7 @@
     values    [M, K]      float8 e4m3, contiguous
     scale     [G, M]      float32, contiguous: of 128 columns of a row
     weight    [N, K]      float8 e4m3, contiguous
-    shares    [N, G]      float32, contiguous: the weight's scales
+    shares    [N, G]      float32, of any strides, best N contiguous: the weight's scales
     bias      [N]         contiguous, in the result's dtype; optional
     partial   [P, tiles of M and N, BN, BM]   float32 scratch, where P > 1
     arrivals  [tiles of M and N]              int32, zero before and after; where P > 1
@@ -82,7 +82,7 @@ def _quantize_groups_kernel(
     tl.store(scale + group * num_rows + row, part, group * GROUP < num_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _block_kernel(
     values,
     scale,
@@ -96,6 +96,8 @@ def _block_kernel(
     num_outputs,
     num_inputs,
     num_groups,
+    share_stride,
+    group_stride,
     span,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -127,7 +129,7 @@ def _block_kernel(
             left = tl.load(weight + weight_at + group * BK, (k < num_inputs)[None, :], 0.0)
             right = tl.load(values + value_at + group * BK, (k < num_inputs)[:, None], 0.0)
         known = group if EVEN else tl.minimum(group, num_groups - 1)
-        of_weight = tl.load(shares + safe * num_groups + known)
+        of_weight = tl.load(shares + safe * share_stride + known * group_stride)
         of_row = tl.load(scale + known * num_rows + safe_row)
         total += tl.dot(left, right) * of_weight[:, None] * of_row[None, :]
 
@@ -223,6 +225,8 @@ def block_linear(
         num_outputs,
         num_inputs,
         num_groups,
+        shares.stride(0),
+        shares.stride(1),
         span,
         BM=plan.bm,
         BN=plan.bn,

@@ -48,7 +48,7 @@ def _quantize_int8_kernel(
     tl.store(values + row * num_columns + column, whole, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _int8_kernel(
     values,
     scale,

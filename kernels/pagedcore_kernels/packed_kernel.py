@@ -32,11 +32,9 @@ def zero_of(zeros, output, stride, group):
 
 
 @triton.jit
-def _prefetch_blocks(
-    words, strip, first, num_strips, num_blocks, WIDTH: tl.constexpr, COUNT: tl.constexpr
-):
-    """Ask for COUNT blocks from `first` on, or as many as there are, of strips of 16 outputs."""
-    blocks = tl.minimum(COUNT, num_blocks - first)
+def _prefetch_blocks(words, strip, first, num_strips, num_blocks, WIDTH: tl.constexpr, count):
+    """Ask for `count` blocks from `first` on, or as many as there are, of strips of 16 outputs."""
+    blocks = tl.minimum(count, num_blocks - first)
     size = tl.where((strip < num_strips) & (blocks > 0), blocks * (32 * WIDTH), 0)
     source = words + (strip.to(tl.int64) * num_blocks + first) * (16 * WIDTH)
     tl.inline_asm_elementwise(
@@ -54,7 +52,7 @@ def _prefetch_blocks(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def packed_kernel(
     x,
     words,
@@ -79,6 +77,8 @@ def packed_kernel(
     SLICES: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    ONCE: tl.constexpr,
+    EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
     EVEN: tl.constexpr,
     Q: tl.constexpr,
@@ -97,6 +97,7 @@ def packed_kernel(
     """One tile of outputs and rows, or a part of its sum; see the head of `packed_linear`."""
     WIDTH: tl.constexpr = Q * BITS // 4  # words of a row in a block
     BLOCK: tl.constexpr = 4 * Q
+    COUNT: tl.constexpr = 1 if GROUP == 0 or GROUP >= BLOCK else BLOCK // GROUP
     DTYPE: tl.constexpr = x.dtype.element_ty
     part = tl.program_id(1)
     tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -107,18 +108,21 @@ def packed_kernel(
     column = tl.arange(0, Q)
     x_row = row.to(tl.int64) * x_stride
     if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        if PREFETCH > 0:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0 and not ONCE:
+            run_of = tl.arange(0, BN // 16 * SLICES)
             _prefetch_blocks(
                 words,
-                tl.program_id(0) * (BN // 16) + tl.arange(0, BN // 16),
-                part * span * SLICES,
+                tl.program_id(0) * (BN // 16) + run_of // SLICES,
+                (part * SLICES + run_of % SLICES) * span,
                 padded_outputs // 16,
                 num_blocks,
                 WIDTH,
-                PREFETCH,
+                tl.minimum(span, PREFETCH),
             )
-        tl.extra.cuda.gdc_wait()
+        if not ONCE:
+            tl.extra.cuda.gdc_wait()
     if SLICES > 1:
         start = (part * SLICES + tl.arange(0, SLICES)[:, None]) * span
         word_at = run[None, :, None] + column[None, None, :]
@@ -135,13 +139,22 @@ def packed_kernel(
         output_at = safe
         sum_at = tl.minimum(row, num_rows - 1)[None, :] * num_groups
         total = tl.zeros([BN, BM], tl.float32)
-    for step in tl.range(0, span, num_stages=STAGES):
+    for step in tl.range(0, 1 if ONCE else span, num_stages=1 if ONCE else STAGES):
         block = start + step
         known = block if EVEN else tl.minimum(block, num_blocks - 1)
         in_tile = tl.expand_dims(known, 2) if SLICES > 1 else known
         source = words + word_at + in_tile * (16 * WIDTH)
         pairs = tl.load(source)
         more = tl.load(source + Q) if BITS == 8 else pairs
+        if GROUP == 0:
+            group = known * 0
+        elif GROUP >= BLOCK:
+            group = known // (GROUP // BLOCK)
+        else:
+            group = known * COUNT
+        scale = scale_of(scales, output_at, padded_outputs, group, SCALE_TYPE)
+        if ONCE and DEPENDENT:  # weights do not depend on anything: all were asked for by now
+            tl.extra.cuda.gdc_wait()
         factor = x + x_at + in_tile * BLOCK
         if EVEN:
             x0 = tl.load(factor, is_row, 0.0)
@@ -156,17 +169,11 @@ def packed_kernel(
             x2 = tl.load(factor + 2 * Q, is_row & (k < num_inputs - 2 * Q), 0.0)
             x3 = tl.load(factor + 3 * Q, is_row & (k < num_inputs - 3 * Q), 0.0)
         factors = (x0, x1, x2, x3)
-        COUNT: tl.constexpr = 1 if GROUP == 0 or GROUP >= BLOCK else BLOCK // GROUP
         for share in tl.static_range(COUNT):
-            if GROUP == 0:
-                group = known * 0
-            elif GROUP >= BLOCK:
-                group = known // (GROUP // BLOCK)
-            else:
-                group = known * COUNT + share
             zero = pairs
             if HAS_ZEROS:
-                zero = tl.expand_dims(zero_of(zeros, output_at, padded_outputs, group), -1)
+                of_group = zero_of(zeros, output_at, padded_outputs, group + share)
+                zero = tl.expand_dims(of_group, -1)
             weights = unpack(pairs, more, zero, BITS, HAS_ZEROS, START, TABLE, DTYPE, ASSEMBLY)
             if GROUP == 0 and not HAS_MINIMA:
                 for quarter in tl.static_range(4):
@@ -179,14 +186,17 @@ def packed_kernel(
                     sums = tl.dot(
                         weights[quarter], factors[quarter], sums, input_precision=PRECISION
                     )
-                scale = scale_of(scales, output_at, padded_outputs, group, SCALE_TYPE)
+                if share > 0:
+                    scale = scale_of(scales, output_at, padded_outputs, group + share, SCALE_TYPE)
                 total += sums * tl.expand_dims(scale, -1)
                 if HAS_MINIMA:
-                    minimum = tl.load(minima + group * padded_outputs + output_at)
+                    minimum = tl.load(minima + (group + share) * padded_outputs + output_at)
                     of_all = block * COUNT + share
                     of_all = tl.expand_dims(of_all, 2) if SLICES > 1 else of_all
                     given = tl.load(row_sums + sum_at + of_all, of_all < num_groups, 0.0)
                     total += tl.expand_dims(minimum, -1) * given
+    if DEPENDENT and not EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     result = tl.sum(total, 0) if SLICES > 1 else total
 
     in_tile = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]

@@ -79,11 +79,11 @@ def quarter_of(num_inputs: int, group: int) -> int:
     return 16 if group == 16 else 0
 
 
-def pack(weight: Grouped) -> Packed | None:
+def pack(weight: Grouped, quarter: int | None = None) -> Packed | None:
     """The same weight in this layout; None where its groups have none."""
     num_outputs, num_inputs = weight.shape
     group = weight.group
-    quarter = quarter_of(num_inputs, group)
+    quarter = quarter or quarter_of(num_inputs, group)
     is_whole = group >= num_inputs
     if not quarter or (weight.minimum is not None and (is_whole or group > 4 * quarter)):
         return None

@@ -108,6 +108,8 @@ def _multiply(
         SLICES=plan.slices,
         PARTS=parts,
         STAGES=plan.num_stages,
+        ONCE=span == 1,
+        EARLY=plan.early,
         PREFETCH=plan.prefetch,
         EVEN=num_inputs % (4 * weight.quarter) == 0 and span * parts * plan.slices == num_blocks,
         ASSEMBLY=_assembly(x, weight),

@@ -16,8 +16,10 @@ MAX_PACKED_ROWS = 256
 class PackedPlan:
     """Each program takes bn outputs, and 1 / parts of the blocks of their inputs.
 
-    With more than one of `slices`, groups of warps share the blocks among them. With `prefetch`, a
-    dependent kernel asks for so many blocks before it waits.
+    With more than one of `slices`, groups of warps share the blocks among them; with as many as
+    there are blocks, all of them are under way at once. A dependent kernel with `prefetch` asks for
+    so many blocks of each slice before it waits; if it is `early`, the next one may start when it
+    does, and otherwise when it has all its sums.
     """
 
     bn: int = 128
@@ -26,6 +28,7 @@ class PackedPlan:
     num_warps: int = 4
     num_stages: int = 4
     prefetch: int = 8
+    early: bool = True
 
 
 def choose_plan(m: int, n: int, k: int) -> PackedPlan | None:

@@ -24,6 +24,9 @@ from pagedcore_kernels.packed_layout import ROWS, Packed
 PIECE = 2**25
 """Weights that are widened at a time."""
 
+ALIGNED_ROWS = 128
+"""Pieces have a multiple of so many outputs: the library is slow with odd ones."""
+
 WIDENED_ROWS = 64
 """Of a program."""
 
@@ -117,7 +120,7 @@ def widen(weight: Packed, first: int, count: int, dtype: torch.dtype) -> Tensor:
 def multiply_widened(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """As `linear`, by way of the weight in x's dtype, of which a piece is in memory at a time."""
     n, k = weight.shape
-    rows = max(1, PIECE // k)
+    rows = max(1, PIECE // k // ALIGNED_ROWS) * ALIGNED_ROWS
     if n <= rows:
         return functional.linear(x, widen(weight, 0, n, x.dtype), bias)
     out = torch.empty((len(x), n), dtype=x.dtype, device=x.device)

@@ -59,6 +59,24 @@ def _widened(factor, dtype: tl.constexpr):
 
 
 @triton.jit
+def _shares_of(
+    scale,
+    output,
+    first,
+    num_outputs,
+    num_groups,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Scales of BK columns from group `first` on, [BN, BK]."""
+    group = first + tl.arange(0, BK // GROUP)
+    known = (output < num_outputs)[:, None] & (group < num_groups)[None, :]
+    share = tl.load(scale + output[:, None] * num_groups + group[None, :], known, 0.0)
+    return tl.reshape(tl.broadcast_to(share[:, :, None], [BN, BK // GROUP, GROUP]), [BN, BK])
+
+
+@triton.jit
 def _row_kernel(
     x,
     weight,
@@ -67,10 +85,12 @@ def _row_kernel(
     out,
     num_outputs,
     num_inputs,
+    num_groups,
     BN: tl.constexpr,
     BK: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -89,9 +109,12 @@ def _row_kernel(
             0.0,
             eviction_policy="evict_first",
         )
+        share = 1.0
+        if GROUP > 0:
+            share = _shares_of(scale, output, 0, num_outputs, num_groups, BN, BK, GROUP)
         tl.extra.cuda.gdc_wait()
         value = tl.load(x + column, within, 0.0)
-        total += early.to(tl.float32) * value.to(tl.float32)[None, :]
+        total += early.to(tl.float32) * value.to(tl.float32)[None, :] * share
     start = BK if DEPENDENT else 0
     for first in range(start, num_inputs, BK * UNROLL):
         for step in tl.static_range(UNROLL):
@@ -104,9 +127,13 @@ def _row_kernel(
                 source = weight + row[:, None] + k[None, :]
                 factor = tl.load(source, within[None, :], 0.0, eviction_policy="evict_first")
                 value = tl.load(x + k, within, 0.0)
-            total += factor.to(tl.float32) * value.to(tl.float32)[None, :]
+            product = factor.to(tl.float32) * value.to(tl.float32)[None, :]
+            if GROUP > 0:
+                group = (first + step * BK) // GROUP
+                product *= _shares_of(scale, output, group, num_outputs, num_groups, BN, BK, GROUP)
+            total += product
     result = tl.sum(total, 1)
-    if HAS_SCALE:
+    if HAS_SCALE and GROUP == 0:
         result *= tl.load(scale + output, inside, 0.0)
     if HAS_BIAS:
         result += tl.load(bias + output, inside, 0.0).to(tl.float32)
@@ -249,7 +276,7 @@ def linear(
     if plan is None:
         choose = choose_plan if scale is None else choose_scaled_plan
         plan = choose(num_rows, num_outputs, num_inputs) or default_plan(num_rows)
-    if isinstance(plan, RowPlan) and num_groups > 1:
+    if isinstance(plan, RowPlan) and num_groups > 1 and plan.bk % GROUP_COLUMNS:
         plan = DotPlan()
     if isinstance(plan, RowPlan):
         _multiply_row(x, weight, scale, bias, out, plan, dependent)
@@ -268,6 +295,7 @@ def _multiply_row(
     dependent: bool,
 ) -> None:
     num_outputs, num_inputs = weight.shape
+    num_groups = 1 if scale is None else scale.shape[1]
     assert len(x) == 1
     _row_kernel[(triton.cdiv(num_outputs, plan.bn),)](
         x,
@@ -277,10 +305,12 @@ def _multiply_row(
         out,
         num_outputs,
         num_inputs,
+        num_groups,
         BN=plan.bn,
         BK=plan.bk,
         UNROLL=plan.unroll,
         EVEN=(num_inputs - (plan.bk if dependent else 0)) % (plan.bk * plan.unroll) == 0,
+        GROUP=GROUP_COLUMNS if num_groups > 1 else 0,
         HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         DEPENDENT=dependent,

@@ -139,6 +139,7 @@ def test_a_piece_of_a_weight_is_widened_alone():
 
 def test_a_large_weight_is_widened_in_pieces(monkeypatch):
     monkeypatch.setattr("pagedcore_kernels.packed_widen.PIECE", 64 * 16)
+    monkeypatch.setattr("pagedcore_kernels.packed_widen.ALIGNED_ROWS", 8)
     weight, x, bias = draw(40, 64, 8, 32), rows(5, 64), rows(1, 40)[0]
     assert_is_product(multiply_widened(x, pack(weight), bias), x, weight, bias)
 
