@@ -346,7 +346,7 @@ class LLM:
 
     def _end_lost(self) -> bool:
         """End what the engine has nothing of: it was aborted there, by its id."""
-        lost = [*self._live.values(), *self._vectors.values()]
+        lost: list[Choice | VectorJob] = [*self._live.values(), *self._vectors.values()]
         self._live.clear()
         self._vectors.clear()
         for one in lost:

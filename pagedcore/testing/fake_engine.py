@@ -46,9 +46,11 @@ def fake_vector(prompt: Sequence[int], params: PoolingParams) -> NDArray[np.floa
     tokens = np.asarray(prompt, np.int64)
     if params.pooling == "scores":
         return np.array([len(set(tokens.tolist())) / len(tokens)], np.float32)
-    vector = np.bincount(tokens % VECTOR_SIZE, minlength=VECTOR_SIZE).astype(np.float32)
-    vector = vector[: params.dimensions]
-    return vector / max(np.float32(np.linalg.norm(vector)), 1) if params.normalize else vector
+    counts = np.bincount(tokens % VECTOR_SIZE, minlength=VECTOR_SIZE)
+    vector: NDArray[np.float32] = counts.astype(np.float32)[: params.dimensions]
+    if params.normalize:
+        vector /= np.float32(max(float(np.linalg.norm(vector)), 1.0))
+    return vector
 
 
 def build_fake_engine(config: EngineConfig, *, usage: Usage) -> "FakeEngine":

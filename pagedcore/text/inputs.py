@@ -195,22 +195,17 @@ class InputProcessor:
         """A prompt that becomes a vector: text, or token ids that are taken as they are.
 
         It may be as long as the model's length. `truncate_prompt_tokens=k` keeps the first k
-        tokens, and those that are put behind a text; -1 as many as fit. `param` is what errors
-        call it.
+        tokens, those that are put behind a text among them; -1 as many as fit. `param` is what
+        errors call it.
         """
-        kept = self.max_model_len
-        if truncate_prompt_tokens not in (None, -1):
-            kept = self._num_kept(truncate_prompt_tokens)
-        cut = truncate_prompt_tokens is not None
         if not isinstance(prompt, str):
-            ids = _token_ids(prompt, param)
-            return PooledInput(None, self._fitting(ids[:kept] if cut else ids, param))
-        ids = self._encode(prompt, add_special_tokens, param)
-        if cut and len(ids) > kept:
+            ids, num_behind = _token_ids(prompt, param), 0
+        else:
+            ids = self._encode(prompt, add_special_tokens, param)
             num_behind = self.tokenizer.num_behind if add_special_tokens else 0
-            num_behind = min(num_behind, kept - 1)
-            ids = ids[: kept - num_behind] + ids[len(ids) - num_behind :]
-        return PooledInput(prompt, self._fitting(ids, param))
+        ids = self._beginning(ids, truncate_prompt_tokens, num_behind)
+        text = prompt if isinstance(prompt, str) else None
+        return PooledInput(text, self._fitting(ids, param))
 
     def pair(
         self,
@@ -222,21 +217,26 @@ class InputProcessor:
     ) -> PooledInput:
         """Two texts in one prompt, for a classifier of pairs, as the tokenizer joins them.
 
-        `truncate_prompt_tokens` is as in `pooled`; what is cut is the second text.
+        `truncate_prompt_tokens` is as in `pooled`: what goes first is the end of the second text.
         """
-        kept = self.max_model_len
-        if truncate_prompt_tokens not in (None, -1):
-            kept = self._num_kept(truncate_prompt_tokens)
-        for text in (first, second):
-            if not text:
-                raise RequestError(f"{param} must not hold an empty text", param)
+        if not first or not second:
+            raise RequestError(f"{param} must not hold an empty text", param)
         try:
             ids, num_first = self.tokenizer.encode_pair(first, second)
         except RequestError as error:
             raise RequestError(f"{param}: {error}", param) from None
-        if truncate_prompt_tokens is not None and len(ids) > kept:
-            ids = ids[: kept - 1] + ids[-1:]
+        ids = self._beginning(ids, truncate_prompt_tokens, self.tokenizer.num_behind)
         return PooledInput(second, self._fitting(ids, param), num_first)
+
+    def _beginning(self, ids: list[int], asked: int | None, num_behind: int) -> list[int]:
+        """The first tokens, as many as were asked for; those behind a text stay the last."""
+        if asked is None:
+            return ids
+        kept = self.max_model_len if asked == -1 else self._num_kept(asked)
+        if len(ids) <= kept:
+            return ids
+        num_behind = min(num_behind, kept - 1)
+        return ids[: kept - num_behind] + ids[len(ids) - num_behind :]
 
     def _fitting(self, ids: list[int], param: str) -> list[int]:
         self._check_ids(ids, param)

@@ -207,3 +207,18 @@ def test_a_model_that_does_not_generate_says_so_and_is_well(ranker):
         client.completions.create(model="fake", prompt="abc", stream=True)
     assert ranker.get("/health_generate").status == 200
     assert embed(ranker, "abc").status == 200
+
+
+def test_an_embedding_model_scores_by_the_likeness_of_its_vectors(face, start):
+    if face != "asgi":
+        pytest.skip("what differs between mounts was seen above")
+    with start(task="embed") as server:
+        documents = ["abc", "xyz", "abd"]
+        body = {"query": "abc", "documents": documents}
+        results = server.request("POST", "/v1/rerank", body).json["results"]
+        for result in results:
+            alike = vector_of("abc") @ vector_of(documents[result["index"]])
+            assert result["relevance_score"] == pytest.approx(float(alike), abs=1e-6)
+        assert results[0]["index"] == 0
+        answer = server.request("POST", "/score", {"text_1": "abc", "text_2": "abc"})
+        assert answer.json["data"][0]["score"] == pytest.approx(1)
