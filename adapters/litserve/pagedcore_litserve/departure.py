@@ -3,19 +3,17 @@
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Client
-from multiprocessing.managers import dispatch  # type: ignore[attr-defined]  # not in the stubs
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
 from pagedcore.engine.start import StartFailure
+from pagedcore_litserve.manager import end_manager
 
 if TYPE_CHECKING:
     from pagedcore_litserve.api import PagedSpec
@@ -65,7 +63,7 @@ class Departure:
             os.close(self._main)
             self._main = None
         if os.getppid() != self._plan.main_pid != os.getpid():
-            self._end_manager()
+            end_manager(self._spec._server.transport_config.manager.address)
 
     def fail(self, error: Exception) -> None:
         """Tell the main process that nothing can be served."""
@@ -93,16 +91,6 @@ class Departure:
         assert self._main is not None
         asyncio.get_running_loop().remove_reader(self._main)
         os.kill(os.getpid(), signal.SIGTERM)
-
-    def _end_manager(self) -> None:
-        """LitServe's queues live in a process that outlives a killed main process for ever."""
-        manager = self._spec._server.transport_config.manager
-        authkey = multiprocessing.current_process().authkey
-        with (
-            contextlib.suppress(OSError, EOFError),
-            Client(manager.address, authkey=authkey) as link,
-        ):
-            dispatch(link, None, "shutdown")
 
     def _sigterm(self) -> None:
         if self._draining is None:

@@ -11,6 +11,7 @@ from pagedcore.engine.start import BUILD
 from pagedcore.errors import ConfigError
 from pagedcore.server_config import ServerConfig
 from pagedcore_litserve.api import PagedLitAPI, PagedSpec
+from pagedcore_litserve.manager import Following
 from pagedcore_litserve.supervisor import Supervisor
 from pagedcore_openai.tls import tls_options
 
@@ -82,8 +83,10 @@ def run(lit_server: LitServer, *, host: str, port: int, **options: Any) -> None:
             **options,
         }
     options = {"generate_client_file": False, "ws": "none", **options}
+    plans = [spec.plan for spec in specs]
+    Following(lit_server, plans)
     num_api_servers = options.get("num_api_servers")
-    with Supervisor(lit_server, [s.plan for s in specs], num_api_servers) as supervisor:
+    with Supervisor(lit_server, plans, num_api_servers) as supervisor:
         try:
             lit_server.run(host=host, port=port, **options)
         except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from litserve.loops.base import LitLoop
 from pagedcore.config import EngineConfig
 from pagedcore.engine.server import EngineServer, ServedEngine
 from pagedcore.engine.start import StartFailure, build_by_name
+from pagedcore_litserve.manager import end_manager
 from pagedcore_litserve.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class PagedLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
         callback_runner: Any,
     ) -> None:
         """Called by LitServe in the worker's main thread."""
-        sys.exit(_Worker(lit_api.spec.plan, device, worker_id).run())
+        manager = request_queue._token.address
+        sys.exit(_Worker(lit_api.spec.plan, device, worker_id, manager).run())
 
 
 def on_device(config: EngineConfig, device: str) -> EngineConfig:
@@ -66,8 +68,10 @@ def on_device(config: EngineConfig, device: str) -> EngineConfig:
 class _Worker:
     """One engine and its end: by SIGTERM, or with the main process."""
 
-    def __init__(self, plan: Plan, device: str, worker_id: int) -> None:
+    def __init__(self, plan: Plan, device: str, worker_id: int, manager: Any) -> None:
+        """`manager` is the address of LitServe's."""
         self._plan = plan
+        self._manager = manager
         self._config = on_device(plan.engine, device)
         self._address = plan.address(worker_id)
         self._lock = threading.Lock()
@@ -128,9 +132,10 @@ class _Worker:
             os._exit(1)
 
     def _clear_up(self) -> None:
-        """Where the main process is gone, nobody else removes the folder."""
+        """Where the main process is gone, nobody else does: API servers may not be there yet."""
         if os.getppid() != self._plan.main_pid:
             self._plan.remove_folder()
+            end_manager(self._manager)
 
     def _tell(self, failure: StartFailure) -> None:
         logger.error("%s", failure.message)

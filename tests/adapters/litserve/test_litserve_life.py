@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 
 import pytest
 
@@ -132,6 +133,18 @@ def test_a_killed_main_process_leaves_nothing(launch):
         program.process.wait()
         program.wait_for_end(children)
         assert program.port_is_free()
+
+
+def test_a_main_process_that_is_killed_at_its_start_leaves_nothing(launch):
+    with launch() as program:
+        children = program.tree()
+        while len(children) < 3:  # LitServe's Manager, the resource tracker, the worker
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                program.process.wait(0.01)
+            children = program.tree()
+        program.process.kill()
+        program.process.wait()
+        program.wait_for_end(children)
 
 
 def test_the_end_of_an_api_server_ends_the_server_with_status_1(launch):
