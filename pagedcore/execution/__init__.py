@@ -7,7 +7,10 @@ native/            NativeOps: the CPU's operations in bfloat16, in C where it ca
 quantized.py, torch_quantized.py   the part of Ops that works on 8 bits
 model.py           Model, Weights, ModelBuild: what a model plugin sees
 layers.py          the layers that models are written with
+moe_layers.py, plain_layers.py   mixtures of experts; the layers of models before Llama
 encoder_layers.py, encoder_attention.py   those of encoders, which see prompts whole
+renamed_weights.py Weights that have other names in the checkpoint
+model_config.py    a config.json as its model's class reads it
 config_fields.py   fields of a config.json, checked
 rope.py            rotary angles, by the name of their scaling
 quantizer.py       Quantizer: how a weight format stores and multiplies; and the unquantized one
