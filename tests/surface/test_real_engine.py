@@ -123,3 +123,44 @@ def test_what_has_ended_is_counted_and_nothing_runs(real):  # METRIC-10
     assert values["pagedcore:iteration_tokens_total_sum"] >= values["pagedcore:prompt_tokens_total"]
     ended = values["pagedcore:request_num_preemptions_count"]
     assert ended >= values["pagedcore:request_generation_tokens_count"]
+
+
+def test_vectors_are_those_of_transformers(real, model):  # EMB-1
+    import torch
+
+    texts = [PROMPT, "a dog", PROMPT * 5]
+    with real.client() as client:
+        vectors = [
+            item.embedding for item in client.embeddings.create(model="fake", input=texts).data
+        ]
+    for text, vector in zip(texts, vectors, strict=True):
+        with torch.inference_mode():
+            hidden = model[1].model(torch.tensor([ids_of(real, text)])).last_hidden_state[0, -1]
+        assert vector == pytest.approx((hidden / hidden.norm()).tolist(), abs=1e-4)
+
+
+def test_a_classifier_of_pairs_ranks_as_transformers_does(face, start, tmp_path):
+    import torch
+
+    from pagedcore.testing.tiny_models import SIZES, save_tiny_model
+
+    if face != "asgi":
+        pytest.skip("what differs between mounts was seen above")
+    config = {**SIZES, "model_type": "bert", "num_labels": 1, "pad_token_id": 258}
+    reference = save_tiny_model(
+        tmp_path, config, reference="AutoModelForSequenceClassification", num_hidden_layers=2
+    )
+    settings = {"device": "cpu", "dtype": "float32", "max_model_len": LENGTH}
+    documents = ["a dog", "the cat", "x"]
+    with start(folder=tmp_path, build=BUILD, engine=settings) as server:
+        body = {"query": PROMPT, "documents": documents}
+        answer = server.request("POST", "/v1/rerank", body).json
+        query = ids_of(server, PROMPT)
+        for result in answer["results"]:
+            second = ids_of(server, documents[result["index"]])
+            types = torch.tensor([[0] * len(query) + [1] * len(second)])
+            with torch.inference_mode():
+                score = reference(torch.tensor([query + second]), token_type_ids=types).logits
+            assert result["relevance_score"] == pytest.approx(float(score.sigmoid()), abs=1e-4)
+        scores = [result["relevance_score"] for result in answer["results"]]
+        assert scores == sorted(scores, reverse=True)
