@@ -49,7 +49,7 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _block_ids(table, base, end, B: tl.constexpr, KEYS: tl.constexpr):
+def block_ids(table, base, end, B: tl.constexpr, KEYS: tl.constexpr):
     """Blocks of the positions base .. base + KEYS - 1: one number if they lie in one block."""
     if KEYS <= B:
         blocks = tl.load(table + base // B, base < end, 0)
@@ -171,7 +171,7 @@ def _attend_masked(
 ):
     """Attend to the positions begin .. stop - 1, of which each query sees a part."""
     for base in range(begin, stop, KEYS):
-        blocks = _block_ids(table, base, end, B, KEYS)
+        blocks = block_ids(table, base, end, B, KEYS)
         keys, values = _load_tile(
             key_cache, value_cache, blocks, base, lowest, end, kv_head,
             NUM_KV_HEADS, B, D, KEYS, D_PAD, True, DESCRIPTORS,
@@ -277,13 +277,13 @@ def _extend_kernel(
             )  # fmt: skip
         full_begin = tl.maximum(full_begin, begin)
         full_stop = tl.minimum(full_end, stop)
-        blocks = _block_ids(table, full_begin, end, B, KEYS)
+        blocks = block_ids(table, full_begin, end, B, KEYS)
         for base in range(full_begin, full_stop, KEYS):
             keys, values = _load_tile(
                 key_cache, value_cache, blocks, base, lowest, end, kv_head,
                 NUM_KV_HEADS, B, D, KEYS, D_PAD, False, DESCRIPTORS,
             )  # fmt: skip
-            blocks = _block_ids(table, base + KEYS, end, B, KEYS)
+            blocks = block_ids(table, base + KEYS, end, B, KEYS)
             peak, weight, total = _attend(
                 queries, keys, values, None, peak, weight, total, scale, soft_cap,
                 HAS_SOFT_CAP, False, PRECISION,

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 _COMPILER_FAILURES = ("PassManager", "C compiler")
 """In the RuntimeErrors of triton's compiler, which have no class of their own."""
 
-_READS_ON_HOST = frozenset({"attention", "moe"})
+_READS_ON_HOST = frozenset(
+    {"attention", "latent_attention", "latent_to_cache", "moe", "rope_and_cache"}
+)
 """Operations of a step whose plain version a graph cannot hold."""
 
 
@@ -130,27 +132,68 @@ class PlainOps(TorchOps):
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
-        spec = cache.spec
-        heads = qkv.view(len(qkv), -1, spec.head_dim)[:, :num_heads].transpose(0, 1)
-        out = torch.zeros_like(heads, memory_format=torch.contiguous_format)
+        queries = qkv.view(len(qkv), -1, cache.spec.head_dim)[:, :num_heads]
+        return self._attend(queries, scale, cache, batch, soft_cap, sinks).flatten(1)
+
+    def _attend(
+        self,
+        queries: Tensor,
+        scale: float,
+        cache: LayerCache,
+        batch: StepBatch,
+        soft_cap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of queries [T, H, D]: [T, H, elements of a value]."""
+        heads, window = queries.transpose(0, 1), cache.spec.window
+        out = queries.new_zeros(*queries.shape[:2], cache.value.shape[-1])
         starts, rows = batch.query_start.tolist(), batch.rows.tolist()
         for index, length in enumerate(batch.context_len.tolist()):
             tokens = slice(starts[index], starts[index + 1])
             count = -(-length // cache.block_size)
             blocks = batch.block_tables[cache.group, rows[index], :count].long()
             keys, values = (
-                stored[blocks].to(qkv.dtype).transpose(0, 1).flatten(1, 2)[:, :length]
+                stored[blocks].to(queries.dtype).transpose(0, 1).flatten(1, 2)[:, :length]
                 for stored in (cache.key, cache.value)
             )
-            behind = batch.positions[tokens, None] - torch.arange(length, device=qkv.device)
+            behind = batch.positions[tokens, None] - torch.arange(length, device=queries.device)
             visible = behind >= 0
-            if spec.window is not None:
-                visible &= behind < spec.window
+            if window is not None:
+                visible &= behind < window
             values = values.masked_fill(~visible.any(0)[:, None], 0)  # zero times NaN is NaN
-            out[:, tokens] = _attend(
-                heads[:, tokens], keys, values, visible, scale, soft_cap, sinks
-            )
-        return out.transpose(0, 1).flatten(1)
+            mixed = _attend(heads[:, tokens], keys, values, visible, scale, soft_cap, sinks)
+            out[tokens] = mixed.transpose(0, 1)
+        return out
+
+    def latent_to_cache(
+        self,
+        query: Tensor,
+        unturned: Tensor,
+        latent: Tensor,
+        rope: RopeTable,
+        norm_weight: Tensor,
+        eps: float,
+        cache: LayerCache,
+        batch: StepBatch,
+    ) -> None:
+        """See `Ops.latent_to_cache`."""
+        num_tokens = len(query)
+        unread = self.new_cache(cache.spec, 0, num_tokens, 1, latent.dtype, latent.device)
+        own_slots = torch.arange(num_tokens, device=latent.device)[None]
+        own = replace(batch, slots=own_slots, shared=None)
+        super().latent_to_cache(query, unturned, latent, rope, norm_weight, eps, unread, own)
+        slots, stored = batch.slots[cache.group], unread.key[:, 0, 0]
+        if cache.key.dtype == torch.float8_e4m3fn:
+            stored = stored.clamp(-FP8_LIMIT, FP8_LIMIT)
+        block, offset = slots // cache.block_size, slots % cache.block_size
+        cache.key[block, 0, offset] = stored.to(cache.key.dtype)
+
+    def latent_attention(
+        self, query: Tensor, num_values: int, scale: float, cache: LayerCache, batch: StepBatch
+    ) -> Tensor:
+        """See `Ops.latent_attention`."""
+        values = replace(cache, value=cache.key[..., :num_values])
+        return self._attend(query, scale, values, batch, None, None)
 
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
         """See `Ops.copy_blocks`."""
@@ -168,8 +211,8 @@ def _attend(
     soft_cap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Queries [H, Q, D] over keys and values [K, L, D] where visible [Q, L]: [H, Q, D]."""
-    num_heads, num_tokens, head_dim = queries.shape
+    """Queries [H, Q, D] over keys and values [K, L, ...] where visible [Q, L]: [H, Q, ...]."""
+    num_heads, num_tokens, _ = queries.shape
     grouped = queries.unflatten(0, (len(keys), -1))
     scores = torch.einsum("kgqd,kld->kgql", grouped, keys).float() * scale
     if soft_cap is not None:
@@ -180,4 +223,4 @@ def _attend(
         scores = torch.cat([scores, more], -1)
     weights = scores.softmax(-1)[..., : visible.shape[1]]
     mixed = torch.einsum("kgql,kld->kgqd", weights.to(values.dtype), values)
-    return mixed.reshape(num_heads, num_tokens, head_dim)
+    return mixed.reshape(num_heads, num_tokens, -1)

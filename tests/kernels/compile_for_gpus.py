@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -91,6 +92,28 @@ def main():
     gate_up, down = x.new_ones(8, 64, 128), x.new_ones(8, 128, 32)
     routing = Routing(num_chosen=2, normalize=True)
     ops.moe(x, *ops.route(x.new_ones(4, 8), routing), Experts(gate_up=gate_up, down=down))
+
+    compile_latent_attention(ops)
+
+
+def compile_latent_attention(ops):
+    """For the vectors of DeepSeek, with the heads of V2-Lite and of V3."""
+    for num_heads in (16, 128):
+        step = make_step(
+            [(1, 70), (40, 900)],
+            num_heads=num_heads,
+            num_kv_heads=1,
+            head_dim=576,
+            block_size=64,
+            dtype=torch.bfloat16,
+        )
+        cache = replace(step.cache, value=step.cache.key)
+        query = step.qkv.reshape(41, -1, 576)[:, :num_heads].contiguous()
+        ops.begin_step(step.batch)
+        rope, weight = RopeTable(torch.ones(128, 64), interleaved=True), torch.ones(512)
+        turned, latent = query[..., 512:], query[:, 0]
+        ops.latent_to_cache(query, turned, latent, rope, weight, 1e-6, cache, step.batch)
+        ops.latent_attention(query, 512, 0.1, cache, step.batch)
 
 
 if __name__ == "__main__":

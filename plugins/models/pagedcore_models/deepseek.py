@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3: latent attention, and mixtures of experts beside some that all tokens take."""
+"""DeepSeek-V2 and V3: latent attention, and experts beside some that all tokens take."""
 
 import math
 from dataclasses import dataclass, replace
