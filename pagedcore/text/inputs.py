@@ -10,6 +10,7 @@ from pagedcore.request import SamplingParams
 from pagedcore.text.chat_template import ChatTemplate
 from pagedcore.text.folder import read_json
 from pagedcore.text.messages import checked_messages
+from pagedcore.text.quoting import BREAK
 from pagedcore.text.tokenizer import Tokenizer
 
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -180,9 +181,13 @@ class InputProcessor:
                 "completion of plain text",
                 "messages",
             )
-        text = template.render(checked_messages(messages), **template_options)
+        text = template.render(self.quoted(messages), **template_options)
         ids = self._encode(text, add_special_tokens, "messages")
-        return self._input(text, ids, params, truncate_prompt_tokens, "messages")
+        return self._input(text.replace(BREAK, ""), ids, params, truncate_prompt_tokens, "messages")
+
+    def quoted(self, messages: object) -> list[dict[str, Any]]:
+        """Checked messages, as a template may render them for `Tokenizer.encode_quoted`."""
+        return self.tokenizer.quoting.quoted(checked_messages(messages))
 
     def pooled(
         self,
@@ -251,8 +256,10 @@ class InputProcessor:
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         if not text:
             raise RequestError(f"{param} must not be empty", param)
+        tokenizer = self.tokenizer
+        encode = tokenizer.encode_quoted if param == "messages" else tokenizer.encode
         try:
-            return self.tokenizer.encode(text, add_special_tokens)
+            return encode(text, add_special_tokens)
         except RequestError as error:
             raise RequestError(f"{param}: {error}", param) from None
 

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 
 from pagedcore.errors import ModelError, RequestError
 from pagedcore.text.folder import read_json
+from pagedcore.text.quoting import BREAK, Quoting
 from pagedcore.text.token_bytes import TokenBytes
 
 _TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -43,6 +44,8 @@ class Tokenizer:
         self.eos_token_id = self._id_of(self.eos_token)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.quoting = Quoting(token.content for token in added.values() if token.special)
+        """Keeps what people write from being taken for special tokens."""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._token_bytes = TokenBytes(backend)
         self._prefix, self._suffix = self._affixes(add_bos, add_eos)
@@ -85,6 +88,13 @@ class Tokenizer:
             raise RequestError(
                 "text must be valid Unicode, without unpaired surrogates (U+D800..U+DFFF)"
             ) from None
+        return self._prefix + ids + self._suffix if add_special_tokens else ids
+
+    def encode_quoted(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The same for a text that was made of what `quoting` has quoted."""
+        if BREAK not in text:
+            return self.encode(text, add_special_tokens)
+        ids = [i for piece in text.split(BREAK) for i in self.encode(piece, False)]
         return self._prefix + ids + self._suffix if add_special_tokens else ids
 
     @property

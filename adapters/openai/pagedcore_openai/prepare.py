@@ -10,7 +10,6 @@ from pagedcore.errors import RequestError
 from pagedcore.request import RepetitionDetection, SamplingParams, field_names
 from pagedcore.server_config import ServerConfig
 from pagedcore.text.inputs import EngineInput
-from pagedcore.text.messages import checked_messages
 from pagedcore_openai.bounded_inputs import BoundedInputs
 from pagedcore_openai.errors import ApiError
 from pagedcore_openai.protocol import (
@@ -172,10 +171,10 @@ def tokenized(request: TokenizeRequest, inputs: BoundedInputs) -> list[int]:
     if request.prompt is not None:
         inputs.check_characters(len(request.prompt), "prompt")
         return inputs.tokenizer.encode(request.prompt, special is not False)
-    messages = checked_messages(_messages(request.messages, inputs, None))
+    messages = inputs.quoted(_messages(request.messages, inputs, None))
     assert inputs.chat_template is not None
     text = inputs.chat_template.render(messages, **template_options(request))
-    return inputs.tokenizer.encode(text, bool(special))
+    return inputs.tokenizer.encode_quoted(text, bool(special))
 
 
 def detokenized(request: DetokenizeRequest, inputs: BoundedInputs, vocab_size: int) -> str:
