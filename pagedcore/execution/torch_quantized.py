@@ -21,6 +21,9 @@ from pagedcore.execution.quantized import (
 _PIECE = 2**24
 """Elements that are in memory as float32 at a time."""
 
+_ROWS = 16
+"""More rows than these can be multiplied by CUDA in 8 bits, with sizes that are multiples of 8."""
+
 _EXACT = 1024
 """Products of int8 whose sum a float32 holds exactly: 127 * 127 * 1024 < 2^24."""
 
@@ -92,13 +95,20 @@ class TorchQuantizedOps(ABC):
         """See `QuantizedOps.int8_linear`."""
         wide = x.float()
         part = wide.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo().tiny)
-        values = (wide / part).round_()
-        sums = values.new_zeros((len(x), len(weight)))
-        for first in range(0, weight.shape[1], _EXACT):
-            span = slice(first, first + _EXACT)
-            sums += functional.linear(values[:, span], weight[:, span].float())
-        out = sums.mul_(part).mul_(scale.t())
+        out = _sums((wide / part).round_(), weight).mul_(part).mul_(scale.t())
         return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+def _sums(values: Tensor, weight: Tensor) -> Tensor:
+    """Whole numbers [T, in] float32 up to 127 times weight [out, in] int8: float32, exact sums."""
+    out, columns = weight.shape
+    if values.is_cpu or (len(values) > _ROWS and out % 8 == 0 and columns % 8 == 0):
+        return torch._int_mm(values.to(torch.int8), weight.t()).float()
+    sums = values.new_zeros((len(values), out))
+    for first in range(0, columns, _EXACT):
+        span = slice(first, first + _EXACT)
+        sums += functional.linear(values[:, span], weight[:, span].float())
+    return sums
 
 
 def widen_grouped(weight: Grouped, dtype: torch.dtype) -> Tensor:

@@ -12,16 +12,8 @@ import torch
 from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
-from pagedcore.errors import ConfigError
-from pagedcore.execution.native.library import load_library
+from pagedcore.execution.native.grouped_ops import GroupedOps
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
-from pagedcore.execution.torch_ops import TorchOps
-
-_PANEL = 32
-"""Outputs of a weight that lie together."""
-
-_ARENA = 1 << 25
-"""Elements of an arena: packed weights lie in few large pieces."""
 
 _MAX_HEAD, _MAX_GROUP = 256, 96
 """Limits of the attention kernel: head size, query heads that share keys."""
@@ -35,7 +27,7 @@ class _Cache(LayerCache):
     """Its address."""
 
 
-class NativeOps(TorchOps):
+class NativeOps(GroupedOps):
     """The `native` backend."""
 
     name = "native"
@@ -43,10 +35,6 @@ class NativeOps(TorchOps):
     def __init__(self, device: str) -> None:
         """Raises ConfigError, saying why, where the kernels cannot run."""
         super().__init__(device)
-        if self._device.type != "cpu":
-            raise ConfigError(f"backend native runs on a CPU, not on {device!r}")
-        self._library = load_library()
-        self._arena = torch.empty(0, dtype=torch.bfloat16)
         self._library.threads(torch.get_num_threads())
 
     def begin_step(self, batch: StepBatch) -> None:
@@ -58,14 +46,10 @@ class NativeOps(TorchOps):
         """See `Ops.pack_linear`."""
         if not _is_packed(weight):
             return weight
-        outputs, inputs = weight.shape
-        size = -(-outputs // _PANEL) * _PANEL * inputs
-        if size > len(self._arena):
-            self._arena = torch.empty(max(size, _ARENA), dtype=torch.bfloat16)
-        packed, self._arena = self._arena[:size], self._arena[size:]
+        packed = self.take_room(*weight.shape)
         weight = weight.contiguous()
-        self._library.pack(weight.data_ptr(), outputs, inputs, packed.data_ptr())
-        return packed[: outputs * inputs].view(outputs, inputs)
+        self._library.pack(weight.data_ptr(), *weight.shape, packed.data_ptr())
+        return packed
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Ops.linear`."""

@@ -26,7 +26,7 @@ from pagedcore.execution.quantized import Grouped
 from pagedcore_quantization.formats import check_method
 from pagedcore_quantization.modules import Modules
 from pagedcore_quantization.packed import PackedFormat, Part
-from pagedcore_quantization.packing import check_division, meta_grouped, packed_codes
+from pagedcore_quantization.packing import check_division, meta_grouped
 
 
 class Gguf(PackedFormat):
@@ -59,7 +59,7 @@ class Gguf(PackedFormat):
             )
         codes, scale, minimum = kind.unpack(stored.view(-1, kind.num_bytes))
         return Grouped(
-            packed_codes(codes.reshape(rows, columns), kind.bits),
+            codes.reshape(rows, -1),
             scale.reshape(rows, -1),
             kind.bits,
             minimum=None if minimum is None else minimum.reshape(rows, -1),
@@ -67,7 +67,7 @@ class Gguf(PackedFormat):
 
 
 Unpacked = tuple[Tensor, Tensor, Tensor | None]
-"""Of n blocks: codes [n, values], scales and perhaps minima [n, groups] float32."""
+"""Of n blocks: codes [n, ...] as in `Grouped`, scales and perhaps minima [n, groups] float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +107,20 @@ def _bits(packed: Tensor) -> Tensor:
     return (packed[:, :, None] >> shifts & 1).flatten(1)
 
 
+def _beside(packed: Tensor) -> Tensor:
+    """Bytes [..., w], as `_low_then_high` reads them, as many with neighbours in one byte."""
+    pairs = packed.contiguous().view(torch.int16)
+    low = pairs & 15 | pairs >> 4 & 240
+    high = pairs >> 4 & 15 | pairs >> 8 & 240
+    return torch.cat([low.to(torch.uint8), high.to(torch.uint8)], -1)
+
+
 def _q4_0(blocks: Tensor) -> Unpacked:
-    return _low_then_high(blocks[:, 2:]), _float16(blocks, 0), None
+    return _beside(blocks[:, 2:]), _float16(blocks, 0), None
 
 
 def _q4_1(blocks: Tensor) -> Unpacked:
-    return _low_then_high(blocks[:, 4:]), _float16(blocks, 0), _float16(blocks, 2)
+    return _beside(blocks[:, 4:]), _float16(blocks, 0), _float16(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> Unpacked:
@@ -130,12 +138,12 @@ def _q8_0(blocks: Tensor) -> Unpacked:
 
 
 def _q4_k(blocks: Tensor) -> Unpacked:
-    codes = _low_then_high(blocks[:, 16:].view(-1, 4, 32)).flatten(1)
+    codes = _beside(blocks[:, 16:].reshape(-1, 4, 32)).flatten(1)
     return codes, *_scales_k(blocks)
 
 
 def _q5_k(blocks: Tensor) -> Unpacked:
-    low = _low_then_high(blocks[:, 48:].view(-1, 4, 32)).view(-1, 8, 32)
+    low = _low_then_high(blocks[:, 48:].reshape(-1, 4, 32)).view(-1, 8, 32)
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
     high = blocks[:, None, 16:48] >> shifts & 1  # bit s of byte i is that of value i in run s
     return (low | high << 4).flatten(1), *_scales_k(blocks)
@@ -150,7 +158,7 @@ def _scales_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _q6_k(blocks: Tensor) -> Unpacked:
-    low = _low_then_high(blocks[:, :128].view(-1, 2, 64)).view(-1, 2, 4, 32)
+    low = _low_then_high(blocks[:, :128].reshape(-1, 2, 64)).view(-1, 2, 4, 32)
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)[:, None]
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3
     codes = (low | high << 4).flatten(1) + 96  # the zero of 8 bits is 128, not 32

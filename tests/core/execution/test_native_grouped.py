@@ -1,0 +1,89 @@
+"""The CPU's kernel for weights of 4 and 8 bits against what those stand for, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagedcore.execution.native import grouped_ops
+from pagedcore.execution.quantized import Grouped
+from pagedcore.execution.torch_quantized import widen_grouped
+
+BF16 = torch.bfloat16
+KINDS = ["symmetric", "zeros", "minima", "minima in half", "table"]
+
+
+def draw(kind, bits, outputs, groups, group, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    shape = outputs, groups * group * bits // 8
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+    scale = torch.rand(outputs, groups, generator=random) + 0.5
+    weight = Grouped(codes, scale.half() if kind != "minima" else scale, bits)
+    if kind == "zeros":
+        zeros = torch.randint(0, 2**bits, scale.shape, generator=random)
+        weight.zero = zeros.to(torch.uint8)
+    elif kind == "minima":
+        weight.minimum = torch.randn(scale.shape, generator=random) * 2**bits
+    elif kind == "minima in half":
+        weight.minimum = torch.randn(scale.shape, generator=random).half().float()
+    elif kind == "table":
+        weight.table = torch.randn(16, generator=random).to(BF16).float()
+    return weight
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    bits=st.sampled_from([4, 8]),
+    outputs=st.integers(1, 100),
+    groups=st.integers(1, 5),
+    group=st.sampled_from([8, 16, 32, 96, 128]),
+    tokens=st.one_of(st.integers(1, 20), st.sampled_from([60, 200])),
+    bias=st.booleans(),
+    copied=st.booleans(),
+)
+def test_a_product_with_few_bits_is_that_of_what_they_stand_for(
+    native, kind, bits, outputs, groups, group, tokens, bias, copied
+):
+    if kind == "table":
+        bits = 4
+    weight = draw(kind, bits, outputs, groups, group)
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, groups * group, generator=random).to(BF16)
+    added = torch.randn(outputs, generator=random).to(BF16) if bias else None
+    native._left_for_copies = grouped_ops.COPIES if copied else 0
+    packed = native.pack_grouped(weight, BF16)
+    got = native.grouped_linear(x, packed, added)
+    wide = widen_grouped(weight, torch.float32).double()
+    exact = x.double() @ wide.T + (added.double() if bias else 0)
+    assert packed.shape == (outputs, groups * group)
+    assert got.dtype == BF16
+    # one rounding of the sum, and one of each number where panels are widened
+    spread = (x.double().abs() @ wide.abs().T) * 2.0**-8 / (groups * group) ** 0.5
+    assert ((got.double() - exact).abs() <= exact.abs() * 2.0**-8 + 4 * spread + 1e-4).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_inputs_in_another_order_are_put_into_it(native, tokens):
+    weight = draw("zeros", 4, 40, 4, 32)
+    x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(2)).to(BF16)
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(3))
+    plain = native.grouped_linear(x[:, order], native.pack_grouped(weight, BF16))
+    weight.order = order
+    assert torch.equal(native.grouped_linear(x, native.pack_grouped(weight, BF16)), plain)
+
+
+@pytest.mark.parametrize(("dtype", "group"), [(torch.float32, 32), (BF16, 6)])
+def test_what_the_kernel_was_not_made_for_is_left_to_plain_torch(native, dtype, group):
+    weight = draw("minima", 4, 5, 2, group)
+    packed = native.pack_grouped(weight, dtype)
+    x = torch.randn(3, 2 * group, generator=torch.Generator().manual_seed(4)).to(dtype)
+    want = x @ widen_grouped(weight, dtype).T
+    torch.testing.assert_close(native.grouped_linear(x, packed), want)
+
+
+def test_copies_end_with_their_budget(native):
+    native._left_for_copies = 2 * 64 * 32
+    first, second = (native.pack_grouped(draw("symmetric", 4, 64, 1, 32), BF16) for _ in range(2))
+    assert first.copy is not None
+    assert second.copy is None
