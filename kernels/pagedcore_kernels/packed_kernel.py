@@ -52,6 +52,19 @@ def _prefetch_blocks(words, strip, first, num_strips, num_blocks, WIDTH: tl.cons
     )
 
 
+@triton.jit
+def _touch(pointers):
+    """Bring what pointers point to into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        tl.int32,
+        False,
+        1,
+    )
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def packed_kernel(
     x,
@@ -144,14 +157,17 @@ def packed_kernel(
         known = block if EVEN else tl.minimum(block, num_blocks - 1)
         in_tile = tl.expand_dims(known, 2) if SLICES > 1 else known
         source = words + word_at + in_tile * (16 * WIDTH)
-        pairs = tl.load(source)
-        more = tl.load(source + Q) if BITS == 8 else pairs
         if GROUP == 0:
             group = known * 0
         elif GROUP >= BLOCK:
             group = known // (GROUP // BLOCK)
         else:
             group = known * COUNT
+        if ONCE and DEPENDENT:  # scales come behind the words, and the way is not to be waited for
+            PAIRED: tl.constexpr = 1 if SCALE_TYPE.is_fp32() else 2
+            _touch(scales + (group // PAIRED) * padded_outputs + output_at)
+        pairs = tl.load(source)
+        more = tl.load(source + Q) if BITS == 8 else pairs
         scale = scale_of(scales, output_at, padded_outputs, group, SCALE_TYPE)
         if ONCE and DEPENDENT:  # weights do not depend on anything: all were asked for by now
             tl.extra.cuda.gdc_wait()
