@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pagedcore.cache_spec import CacheGroup
 from pagedcore.config import EngineConfig
@@ -66,8 +67,18 @@ def profile(
     token_ids, batch = profile_batch(num_tokens, longest, tables, device)
     ops.begin_step(batch)
     hidden = model.forward(token_ids, batch, make(2))
-    logits = model.logits(hidden[:1].expand(num_seqs, -1).contiguous())
-    zeros = torch.zeros(num_seqs, device=device)
+    if make.groups:  # else it draws no tokens
+        _draw(model, ops, hidden[:1].expand(num_seqs, -1).contiguous())
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    del hidden, batch, token_ids
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _draw(model: Model, ops: Ops, hidden: Tensor) -> None:
+    """Draw a token after each of hidden [S, h], in the way that takes most memory."""
+    zeros = torch.zeros(len(hidden), device=hidden.device)
     sampling = SamplingTensors(
         temperature=zeros + 1,
         min_p=zeros,
@@ -77,9 +88,4 @@ def profile(
         all_greedy=False,
         any_filter=True,
     )
-    ops.sample(logits, sampling)
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    del hidden, logits, batch, token_ids
-    torch.cuda.empty_cache()
-    return peak
+    ops.sample(model.logits(hidden), sampling)
