@@ -1,7 +1,11 @@
 """Requests for a vector: scheduled like prompts, ended with them, and without a token."""
 
+from collections import deque
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pagedcore.errors import RequestError
 from pagedcore.pooling import PoolingParams
@@ -136,3 +140,65 @@ def test_without_a_cache_any_number_of_prompts_runs_at_once(make_rig):
     assert rig.plan() == {ids[4]: 16}
     assert len(rig.finish(vectors=vectors_of(rig)).vectors) == 1
     assert not rig.scheduler.has_work
+
+
+class Device:
+    """Which positions each row has run since it began, as an executor that sums them up would."""
+
+    def __init__(self):
+        self.requests = {}
+        self.positions = {}
+
+    def run(self, plan):
+        """The vectors of a step: how many positions went into each."""
+        for admission in plan.admitted:
+            self.requests[admission.row] = admission.request
+            self.positions[admission.row] = []
+        vectors = {}
+        for i, row in enumerate(plan.rows.tolist()):
+            start, count = int(plan.num_computed[i]), int(plan.num_scheduled[i])
+            self.positions[row] += range(start, start + count)
+            request = self.requests[row]
+            if request.pooling is not None and plan.samples[i]:
+                length = len(request.prompt_token_ids)
+                if request.pooling.needs_all:
+                    assert self.positions[row] == list(range(length))
+                vectors[i] = np.array([length], np.float32)
+        return vectors
+
+
+wishes = st.tuples(st.integers(1, 14), st.sampled_from([None, "last", "mean"]), st.booleans())
+
+
+@given(st.lists(wishes, min_size=1, max_size=10), st.integers(5, 12), st.integers(1, 2))
+@settings(max_examples=150, deadline=None)
+def test_whatever_runs_beside_it_each_request_gets_its_one_vector(
+    make_rig, wishes, num_blocks, depth
+):
+    """KV-10, PRE-1, SCHED-12: with few blocks, so that some are preempted and begin again."""
+    rig = make_rig(
+        num_blocks=num_blocks, block_size=4, budget=5, max_model_len=16, max_num_seqs=4,
+        scheduler_reserve_full_isl=False,
+    )  # fmt: skip
+    device, results, got = Device(), deque(), {}
+    wanted = {}
+    for length, pooling, shares in wishes:
+        prompt = [1 if shares else rig.num_requests + 2] * length
+        if pooling is None:
+            rig.add(prompt, max_tokens=5)
+        else:
+            wanted[add(rig, prompt, pooling)] = length
+    for _ in range(400):
+        launched = bool(rig.plan())
+        if launched:
+            results.append(device.run(rig.last))
+        if results and (len(results) == depth or not launched):
+            output = rig.finish(vectors=results.popleft())
+            assert not set(output.request_ids.tolist()) & wanted.keys()
+            for request_id, vector in output.vectors.items():
+                assert request_id not in got
+                got[request_id] = int(vector[0])
+        if not results and not rig.scheduler.has_work:
+            break
+    assert got == wanted
+    assert len(rig.free) == num_blocks - 1
