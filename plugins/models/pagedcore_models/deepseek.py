@@ -51,7 +51,7 @@ class LatentSizes:
     def scale(self, fields: ConfigFields) -> float:
         """What scores are multiplied by; a stretched context makes them sharper."""
         scaling = fields.section("rope_parameters") or fields.section("rope_scaling")
-        scale = (self.unturned_dim + self.turned_dim) ** -0.5
+        scale = float((self.unturned_dim + self.turned_dim) ** -0.5)
         if scaling is None or not scaling.values.get("mscale_all_dim"):
             return scale
         kind = scaling.values.get("rope_type", scaling.values.get("type", "default"))
