@@ -184,3 +184,18 @@ def test_finding_a_folder_imports_neither_numpy_nor_the_hubs(folder):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
     assert result.stdout.split() == []
+
+
+def test_a_packed_gguf_file_is_another_folder_than_the_widened_one(tiny, cache, tmp_path):
+    path = tiny.save(tmp_path / "x.gguf")
+    packed = find_model(f"packed:{path}", builtin_sources())
+    assert packed != find_model(str(path), builtin_sources())
+    assert packed == find_model(f"packed:gguf:{path}", builtin_sources())
+    assert "quantization_config" in json.loads((packed / "config.json").read_text())
+
+
+def test_what_is_no_gguf_file_is_never_packed(folder, fake):
+    with pytest.raises(ConfigError, match="packed: is for GGUF files"):
+        find_model(f"packed:{folder}", {})
+    with pytest.raises(ConfigError, match="packed: is for GGUF files"):
+        find_model("packed:my:model", {"my": lambda: fake})

@@ -5,10 +5,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pagedcore.errors import ModelError
 from pagedcore.sources.gguf_config import generation_config, model_config
 from pagedcore.sources.gguf_convert import _bfloat16, convert
+from pagedcore.sources.gguf_quants import BLOCK_TYPES
 from pagedcore.sources.gguf_reader import GgufFile
 
 NAMES = {
@@ -360,3 +363,28 @@ def test_a_disk_that_is_too_small_is_noticed_before_weights_are_written(
     with pytest.raises(OSError, match="No space left"):
         convert(tiny.save(tmp_path / "x.gguf"), tmp_path, lambda done, total: None)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_packed_layers_keep_their_blocks_and_config_json_names_their_types(tmp_path, tiny):
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    path = tiny.save(tmp_path / "tiny.gguf")
+    for folder in (plain, packed):
+        folder.mkdir()
+        convert(path, folder, lambda done, total: None, packed=folder is packed)
+    config = json.loads((packed / "config.json").read_text(encoding="utf-8"))
+    types = config.pop("quantization_config")["types"]
+    assert set(types.values()) == {"Q8_0"}
+    assert sorted(name.rpartition(".")[2] for name in types) == [
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "v_proj",
+    ]
+    assert config == json.loads((plain / "config.json").read_text(encoding="utf-8"))
+    widened = load_file(plain / "model.safetensors")
+    for name, stored in load_file(packed / "model.safetensors").items():
+        layer = name.removesuffix(".weight")
+        if layer in types:
+            rows = BLOCK_TYPES[8].dequantize(stored.numpy())
+            stored = torch.from_numpy(rows).bfloat16()
+        assert torch.equal(stored, widened[name]), name

@@ -1,0 +1,165 @@
+"""Configs and tensors of few bits that contradict each other are refused by name, and unread."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pagedcore.errors import ModelError
+from pagedcore.execution.checkpoint import Checkpoint
+from pagedcore.execution.torch_ops import TorchOps
+from pagedcore.testing.written_formats import WRITTEN
+from pagedcore_quantization import pagedcore_quantizers
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+def save_layer(folder, form):
+    """One layer [64, 128] in a format; its quantization_config."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    tensors, _ = WRITTEN[form].write(weight)
+    (folder / "config.json").write_text('{"dtype": "float32"}', encoding="utf-8")
+    save_file({f"{LAYER}.{n}": t for n, t in tensors.items()}, folder / "model.safetensors")
+    return json.loads(json.dumps(WRITTEN[form].config))
+
+
+def look_at(folder, settings):
+    """What a start does before it reads: the layer on the device meta."""
+    checkpoint = Checkpoint(folder)
+    build(checkpoint.shapes(torch.float32), settings)
+    checkpoint.check_all_taken()
+
+
+def build(weights, settings):
+    quantizer = pagedcore_quantizers()[settings["quant_method"]](settings)
+    quantizer.linear(weights, TorchOps("cpu"), [LAYER], 128, [64], bias=False, dim=1)
+
+
+def scheme(settings):
+    return settings["config_groups"]["group_0"]["weights"]
+
+
+CHANGES = [
+    ("awq", {"group_size": 64}, "down_proj.qzeros' must have the shape [2, 8]"),
+    ("awq", {"group_size": 48}, "wants groups of 48"),
+    ("awq", {"group_size": 33}, "group_size must be -1, or a multiple of 16, not 33"),
+    ("awq", {"bits": 3}, "bits must be 4, not 3"),
+    ("awq", {"version": "gemv"}, "version must be gemm, not 'gemv'"),
+    ("awq", {"zero_point": False}, "zero_point must be true"),
+    ("awq", {"backend": "llm-awq"}, "backend must be one of autoawq"),
+    ("gptq 4", {"bits": 8}, "down_proj.qweight' must have the shape [32, 64]"),
+    ("gptq 4", {"bits": 2}, "bits must be 4 or 8, not 2"),
+    ("gptq 4", {"bits": "4"}, "bits must be a whole number"),
+    ("gptq 4", {"group_size": 16}, "down_proj.qzeros' must have the shape [8, 8]"),
+    ("gptq 4", {"group_size": 0}, "group_size must be -1, or a multiple of 16"),
+    ("gptq 4", {"desc_act": "yes"}, "desc_act must be true or false"),
+    ("gptq 4", {"checkpoint_format": "marlin"}, "checkpoint_format must be one of gptq, gptq_v2"),
+    ("gptq 4", {"lm_head": True}, "lm_head must be false"),
+    ("gptq 4", {"dynamic": {"-:x": {}}}, "dynamic must be empty"),
+    (
+        "gptq 4",
+        {"quant_method": "awq", "version": "gemm"},
+        "down_proj.qweight' must have the shape",
+    ),
+    ("bitsandbytes nf4", {"load_in_8bit": True}, "load_in_4bit must be true where load_in_8bit"),
+    ("bitsandbytes nf4", {"bnb_4bit_quant_type": "int4"}, "must be one of fp4, nf4"),
+    ("bitsandbytes nf4", {"bnb_4bit_use_double_quant": True}, "must have a type like torch.uint8"),
+    ("bitsandbytes nf4 nested", {"bnb_4bit_use_double_quant": False}, "a type like torch.float32"),
+    ("bitsandbytes nf4", {"bnb_4bit_quant_storage": "bfloat16"}, "must be one of uint8"),
+    (
+        "bitsandbytes int8",
+        {"load_in_8bit": False, "load_in_4bit": True},
+        "weight' must have the shape",
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "change", "words"), CHANGES)
+def test_a_config_that_lies_is_refused_by_name(form, change, words, tmp_path):
+    settings = save_layer(tmp_path, form)
+    with pytest.raises(ModelError) as error:
+        look_at(tmp_path, settings | change)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "words"),
+    [
+        ("compressed 4", {"group_size": 64}, "down_proj.weight_scale' must have the shape [64, 2]"),
+        ("compressed 4", {"group_size": None}, "group_size must be the number of inputs"),
+        ("compressed 4", {"num_bits": 8}, "weight_packed' must have the shape [64, 32]"),
+        ("compressed 4", {"num_bits": 3}, "num_bits must be 4 or 8, not 3"),
+        ("compressed 4", {"symmetric": False}, "lacks tensors"),
+        ("compressed 4 with zeros", {"symmetric": True}, "does not use"),
+        ("compressed 4", {"actorder": "group"}, "lacks tensors"),
+        ("compressed 4", {"actorder": "up"}, "actorder must be one of"),
+        ("compressed 4", {"strategy": "block"}, "strategy must be one of tensor, channel, group"),
+        ("int8 weights", {"num_bits": 4}, "num_bits must be 8, not 4"),
+        ("int8 weights", {"strategy": "group", "group_size": 32}, "must have the shape [64, 4]"),
+    ],
+)
+def test_a_scheme_that_lies_is_refused_by_name(form, change, words, tmp_path):
+    settings = save_layer(tmp_path, form)
+    scheme(settings).update(change)
+    with pytest.raises(ModelError) as error:
+        look_at(tmp_path, settings)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_every_tensor_that_is_missing_is_named(form, tmp_path):
+    settings = save_layer(tmp_path, form)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    needed = [n for n in tensors if not n.endswith(("shape", "weight_format", "g_idx"))]
+    for name in needed:
+        if name.endswith("nf4") and "nested" not in form:
+            continue  # only doubly quantized scales need it
+        save_file({n: t for n, t in tensors.items() if n != name}, path)
+        with pytest.raises(ModelError) as error:
+            look_at(tmp_path, settings)
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["gptq 4 reordered", "compressed 4 reordered"])
+def test_inputs_without_an_even_order_are_refused(form, tmp_path):
+    settings = save_layer(tmp_path, form)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("g_idx"))
+    for value in (-1, 1, 4, 2**31 - 1):
+        tensors[name][tensors[name] == 0] = value
+        save_file(tensors, path)
+        weights = Checkpoint(tmp_path).tensors(torch.float32, torch.device("cpu"))
+        with pytest.raises(ModelError, match="g_idx' must put 32 inputs into each of 4 groups"):
+            build(weights, settings)
+
+
+@pytest.mark.parametrize(
+    "text", [b"{", b"[]", b'{"blocksize": 64}', b'{"blocksize": 32, "shape": [64, 128]}']
+)
+def test_a_state_that_lies_is_refused(text, tmp_path):
+    settings = save_layer(tmp_path, "bitsandbytes nf4")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = f"{LAYER}.weight.quant_state.bitsandbytes__nf4"
+    tensors[name] = torch.tensor(list(text)).byte()
+    save_file(tensors, path)
+    weights = Checkpoint(tmp_path).tensors(torch.float32, torch.device("cpu"))
+    with pytest.raises(ModelError, match="bitsandbytes__nf4"):
+        build(weights, settings)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "bitsandbytes", "gguf", "compressed-tensors"])
+def test_a_checkpoint_of_16_bits_is_no_packed_one(name):
+    with pytest.raises(ModelError, match="the checkpoint is not quantized by its"):
+        pagedcore_quantizers()[name]({})
+
+
+def test_layers_that_were_left_alone_are_taken_as_they_are(tmp_path):
+    settings = save_layer(tmp_path, "awq") | {"modules_to_not_convert": ["down_proj"]}
+    with pytest.raises(ModelError, match=r"down_proj\.weight'"):
+        look_at(tmp_path, settings)
+    save_file({f"{LAYER}.weight": torch.ones(64, 128)}, tmp_path / "model.safetensors")
+    look_at(tmp_path, settings)
