@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pagedcore.errors import ConfigError
+from pagedcore.logs import LogFormat
 from pagedcore.request import SamplingLimits
 
 API_KEY_VARIABLE = "PAGEDCORE_API_KEY"
@@ -139,6 +140,9 @@ class ServerConfig:
 
     ssl_keyfile: str | None = None
     """PEM file with the certificate's key, when that is not in `ssl_certfile`."""
+
+    log_format: LogFormat = "text"
+    """How the log is written: `text`, or `json` for one object a line."""
 
     enable_log_requests: bool = False
     """Log one line per request, without its text."""

@@ -6,6 +6,7 @@ from typing import Any
 from pagedcore.cli.flags import command, engine_parameters, parameters, take
 from pagedcore.config import DEFAULT_MODEL, EngineConfig
 from pagedcore.errors import ConfigError
+from pagedcore.logs import configure_logs
 from pagedcore.plugins import choose, load_plugins
 from pagedcore.server_config import ServerConfig
 
@@ -22,6 +23,8 @@ def serve(model: str = DEFAULT_MODEL, *, server: str = "litserve", **options: An
         What serves: `litserve`, `asgi`, `pytriton`, or a plugin's.
     """
     server_config = ServerConfig(**take(options, ServerConfig))
+    if server_config.log_format != "text":
+        configure_logs(server_config.log_format)
     engine_config = EngineConfig.from_options(model=model, **options)
     execution = engine_config.execution
     plugins = load_plugins(execution.disable_plugin, execution.only_plugin)

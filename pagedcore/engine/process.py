@@ -27,6 +27,7 @@ from pagedcore.config import EngineConfig, Usage
 from pagedcore.engine.info import EngineInfo
 from pagedcore.engine.server import EngineServer
 from pagedcore.engine.start import BUILD, StartFailure, build_by_name
+from pagedcore.logs import configure_logs
 
 __all__ = ["BUILD", "STOP_S", "EngineProcess"]
 
@@ -213,9 +214,7 @@ def main() -> int:
     """Do the job that standard input tells, until the parent ends; returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_logs()
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         job: _Job | None = _read_frame(stdin, _Job)
     if job is None:

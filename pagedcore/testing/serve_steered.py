@@ -9,22 +9,20 @@ A mount is called with both configurations and `build=`, and returns the exit st
 
 import importlib
 import json
-import logging
 import sys
 from typing import Any
 
 from pagedcore.config import EngineConfig
 from pagedcore.errors import PagedcoreError
+from pagedcore.logs import configure_logs
 from pagedcore.server_config import ServerConfig
 from pagedcore.testing.steered_engine import BUILD_STEERED
 
 
 def main(mount: str, options: str) -> int:
     """Serve until told to stop."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     given = json.loads(options)
+    configure_logs(given["server"].get("log_format", "text"))
     module, _, function = mount.partition(":")
     serve = getattr(importlib.import_module(module), function)
     try:

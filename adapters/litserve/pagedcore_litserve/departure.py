@@ -14,6 +14,7 @@ import msgspec
 
 from pagedcore.engine.start import StartFailure
 from pagedcore_litserve.manager import end_manager
+from pagedcore_litserve.plan import join_log
 
 if TYPE_CHECKING:
     from pagedcore_litserve.api import PagedSpec
@@ -53,6 +54,8 @@ class Departure:
     def join(self, surfaces: "list[Surface]") -> None:
         """Drain these too; in the event loop."""
         if not self._surfaces and os.getpid() != self._plan.main_pid:
+            if self._plan.server.log_format == "json":
+                join_log()
             self._listen()
         self._surfaces += surfaces
 

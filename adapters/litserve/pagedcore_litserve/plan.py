@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -9,6 +10,14 @@ from pathlib import Path
 
 from pagedcore.config import EngineConfig
 from pagedcore.server_config import ServerConfig
+
+
+def join_log() -> None:
+    """Let LitServe's own messages, which are text on standard output, go where all others go."""
+    log = logging.getLogger("litserve")
+    for handler in tuple(log.handlers):
+        log.removeHandler(handler)
+    log.propagate = True
 
 
 def _private_folder() -> str:

@@ -19,7 +19,7 @@ import msgspec
 
 from pagedcore.engine.start import StartFailure
 from pagedcore.errors import EngineDeadError, PagedcoreError
-from pagedcore_litserve.plan import Plan
+from pagedcore_litserve.plan import Plan, join_log
 
 logger = logging.getLogger("pagedcore.server")
 
@@ -131,6 +131,8 @@ class Supervisor:
 
     def _look(self) -> None:
         self._api_servers |= _running_api_servers()
+        if self._api_servers and any(plan.server.log_format == "json" for plan in self._plans):
+            join_log()  # LitServe's `run` has set its own up by now
         alive = [process for process in self._api_servers if process.is_alive()]
         if self._deadline is None:
             self._look_at_workers()

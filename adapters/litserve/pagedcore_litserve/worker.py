@@ -23,8 +23,9 @@ from litserve.loops.base import LitLoop
 from pagedcore.config import EngineConfig
 from pagedcore.engine.server import EngineServer, ServedEngine
 from pagedcore.engine.start import StartFailure, build_by_name
+from pagedcore.logs import configure_logs
 from pagedcore_litserve.manager import end_manager
-from pagedcore_litserve.plan import Plan
+from pagedcore_litserve.plan import Plan, join_log
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,9 @@ class _Worker:
 
     def run(self) -> int:
         """Serve until told to end; returns the exit status."""
-        if not logging.root.handlers:
-            form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-            logging.basicConfig(level=logging.INFO, format=form)
+        configure_logs()  # unless the program did
+        if self._plan.server.log_format == "json":
+            join_log()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
         signal.signal(signal.SIGTERM, self._on_sigterm)
         for work in (self._watch_main, self._end):
