@@ -90,7 +90,7 @@ class Model(Protocol):
 
     Raises ModelError, naming the field, for a config.json that it cannot run. A model whose forward
     pass reads on the host says so with a class attribute `supports_graphs = False`: then no step is
-    captured.
+    captured. One that was made for vectors or scores is a `pooled_model.PooledModel`.
     """
 
     cache_specs: Sequence[CacheSpec | None]

@@ -16,6 +16,30 @@ from pagedcore_openai.timing import now
 
 Vector = NDArray[np.float32]
 
+MAX_AWAITED_BYTES = 8 << 20
+"""Of vectors that a front end waits for: an engine drops one that leaves more unread."""
+
+
+class Room:
+    """How many vectors a front end may wait for, in all and for one request."""
+
+    def __init__(self, client: EngineClient) -> None:
+        """Nothing is asked of `client` before the first `of_request`."""
+        self._client = client
+        self._in_all: asyncio.Semaphore | None = None
+        self._most = 0
+
+    def of_request(self) -> tuple[asyncio.Semaphore, asyncio.Semaphore]:
+        """Room in all, and a request's own: enough that the engine never waits for one request,
+        and half of it all, so that nobody waits for the end of another's.
+        """
+        if self._in_all is None:
+            info = self._client.info
+            self._most = max(2, MAX_AWAITED_BYTES // (4 * max(info.pooling.size, 1)))
+            self._in_all = asyncio.Semaphore(self._most)
+        own = min(2 * self._client.info.max_num_seqs, self._most // 2)
+        return self._in_all, asyncio.Semaphore(own)
+
 
 class VectorAnswer:
     """Runs the prompts of one request; leaving `whole` early aborts what has not ended."""
@@ -30,6 +54,7 @@ class VectorAnswer:
         deadline: float | None,
         arrival: float,
         slot: Slot,
+        room: Room,
     ) -> None:
         """Prepare; `deadline` and `arrival` are in the event loop's time."""
         self.num_prompt_tokens = sum(len(item.prompt_token_ids) for item, _ in items)
@@ -41,8 +66,7 @@ class VectorAnswer:
         self._deadline = deadline
         self._arrival = arrival
         self._slot = slot
-        # Enough that the engine never waits for us; its queue is for all front ends.
-        self._room = asyncio.Semaphore(2 * client.info.max_num_seqs)
+        self._in_all, self._own = room.of_request()
 
     async def whole(self) -> list[Vector]:
         """The vector or the scores of each prompt, in order.
@@ -66,7 +90,7 @@ class VectorAnswer:
         return [task.result() for task in tasks]
 
     async def _one(self, item: PooledInput, pooling: PoolingParams) -> Vector:
-        async with self._room:
+        async with self._own, self._in_all:
             generation = self._client.pool(
                 item.prompt_token_ids,
                 pooling,

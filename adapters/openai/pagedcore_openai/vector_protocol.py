@@ -104,6 +104,7 @@ def documents_of(fields: RerankRequest, most: int) -> list[str]:
         raise RequestError(f"top_n must be at least 1, not {fields.top_n}", "top_n")
     documents = fields.documents
     if isinstance(documents, list):
+        _check_count(documents, most, "documents")
         documents = [d.get("text") if isinstance(d, dict) else d for d in documents]
     return texts_of(documents, most, "documents")
 
@@ -111,17 +112,15 @@ def documents_of(fields: RerankRequest, most: int) -> list[str]:
 def texts_of(value: Any, most: int, name: str) -> list[str]:
     """One text, or several, as a list."""
     texts = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(texts, list)
-        or not texts
-        or not all(isinstance(text, str) and text for text in texts)
-    ):
-        raise RequestError(f"{name} must hold texts that are not empty", name)
-    _check_count(texts, most, name)
-    return texts
+    if isinstance(texts, list) and texts:
+        _check_count(texts, most, name)
+        if all(isinstance(text, str) and text for text in texts):
+            return texts
+    raise RequestError(f"{name} must hold texts that are not empty", name)
 
 
 def _check_count(items: Sequence[Any], most: int, name: str) -> None:
+    """Before anything looks at the elements (LIMIT-1)."""
     if len(items) > most:
         raise RequestError(f"{name} may have at most {most} entries, not {len(items)}", name)
 

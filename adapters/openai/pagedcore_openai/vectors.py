@@ -1,8 +1,10 @@
 """Routes that answer with vectors or scores: /v1/embeddings, /v1/score and /v1/rerank."""
 
+import asyncio
 import base64
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,7 +23,7 @@ from pagedcore_openai.intake import Intake
 from pagedcore_openai.openapi import describe
 from pagedcore_openai.prepare import check_priority
 from pagedcore_openai.surface import ClientGoneError, Surface
-from pagedcore_openai.vector_answer import Vector, VectorAnswer
+from pagedcore_openai.vector_answer import Room, Vector, VectorAnswer
 from pagedcore_openai.vector_protocol import (
     EmbeddingRequest,
     RerankRequest,
@@ -35,6 +37,9 @@ from pagedcore_openai.vector_protocol import (
 CLIENT_CLOSED_REQUEST = 499
 """The status that nobody is there to read."""
 
+_VALUES_AT_ONCE = 1 << 16
+"""Numbers that are written as JSON before others have their turn."""
+
 SCORE_PATHS = ("/v1/score", "/score")
 RERANK_PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 
@@ -47,14 +52,16 @@ class Vectors:
     def __init__(self, surface: Surface, intake: Intake) -> None:
         self._surface = surface
         self._intake = intake
+        self._room = Room(surface.client)
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
-        routes = [("/v1/embeddings", self.embeddings, EmbeddingRequest)]
-        routes += [(path, self.score, ScoreRequest) for path in SCORE_PATHS]
-        routes += [(path, self.rerank, RerankRequest) for path in RERANK_PATHS]
-        for path, endpoint, kind in routes:
-            app.add_api_route(path, endpoint, methods=["POST"], **describe(kind, works=True))
+        post = partial(app.add_api_route, methods=["POST"])
+        post("/v1/embeddings", self.embeddings, **describe(EmbeddingRequest, works=True))
+        for path in SCORE_PATHS:
+            post(path, self.score, **describe(ScoreRequest, works=True))
+        for path in RERANK_PATHS:
+            post(path, self.rerank, **describe(RerankRequest, works=True))
 
     async def embeddings(self, request: Request) -> Response:
         """Turn texts or token ids into vectors."""
@@ -75,10 +82,9 @@ class Vectors:
         if found is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         vectors, answer = found
-        shape = _base64 if fields.encoding_format == "base64" else np.ndarray.tolist
+        encoded = await _encoded(vectors, as_base64=fields.encoding_format == "base64")
         data = [
-            {"object": "embedding", "index": i, "embedding": shape(vector)}
-            for i, vector in enumerate(vectors)
+            {"object": "embedding", "index": i, "embedding": raw} for i, raw in enumerate(encoded)
         ]
         return self._answer({"object": "list", "data": data, "model": model}, answer, headers)
 
@@ -190,6 +196,7 @@ class Vectors:
             deadline=request.scope["state"][DEADLINE],
             arrival=request.scope["state"][ARRIVAL],
             slot=surface.slot,
+            room=self._room,
         )
         try:
             return await surface.run(request.scope, request.receive, answer.whole()), answer
@@ -253,6 +260,22 @@ def pair_items(
     return found
 
 
-def _base64(vector: Vector) -> str:
-    """Little-endian float32 (EMB-1)."""
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+async def _encoded(vectors: Sequence[Vector], *, as_base64: bool) -> list[msgspec.Raw]:
+    """Each vector as JSON: numbers, or base64 of little-endian float32 (EMB-1).
+
+    Millions of numbers take seconds, in which others have their turn.
+    """
+    found = []
+    num_values = 0
+    for vector in vectors:
+        value: object
+        if as_base64:
+            value = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        else:
+            value = vector.tolist()
+        found.append(msgspec.Raw(msgspec.json.encode(value)))
+        num_values += len(vector)
+        if num_values > _VALUES_AT_ONCE:
+            num_values = 0
+            await asyncio.sleep(0)
+    return found
