@@ -1,11 +1,13 @@
 """pagedcore beside transformers.generate on one CPU: tokens per second of both, and their ratio.
 
     python bench/cpu.py [--random] [--repeats 5] [--out bench/results/cpu.json]
+    python bench/cpu.py --quantization gguf [--out bench/results/cpu-gguf.json]
 
 SmolLM2-135M in bfloat16. b1, b8 and b32 are that many prompts of 32 tokens with 64 greedy output
 tokens each, end of sequence ignored, all output tokens over the whole time; prefill is 8 prompts of
 512 tokens, prompt tokens per second. Both sides take turns in one process, with the same threads,
 weights and prompts. `--random` takes random weights of the same shape: nothing is downloaded.
+`--quantization` takes a format of `formats.py`, and compares it with our own bfloat16 instead.
 """
 
 import argparse
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import machine
 import numpy as np
 import torch
+from formats import options_for
 
 from pagedcore import EngineConfig, SamplingParams
 from pagedcore.engine.build import build_engine
@@ -56,6 +59,8 @@ class Case:
     num_tokens: int
     gate: float
     goal: float
+    packed_gate: float = 1.0
+    packed_goal: float = 1.0
 
     @property
     def counted(self) -> int:
@@ -64,7 +69,7 @@ class Case:
 
 
 CASES = (
-    Case("b1", 1, 32, 64, 3.0, 4.0),
+    Case("b1", 1, 32, 64, 3.0, 4.0, 1.5, 2.0),
     Case("b8", 8, 32, 64, 3.0, 4.0),
     Case("b32", 32, 32, 64, 2.0, 3.0),
     Case("prefill", 8, 512, 1, 1.0, 1.25),
@@ -116,7 +121,9 @@ def peer(folder: str) -> Side:
     return generate
 
 
-def measure(case: Case, sides: dict[str, Side], repeats: int) -> dict[str, object]:
+def measure(
+    case: Case, sides: dict[str, Side], repeats: int, gate: float, goal: float
+) -> dict[str, object]:
     """Rates of both sides, taken in turn, and how far their tokens agree."""
     random = np.random.default_rng(0)
     high = SHAPE["vocab_size"]
@@ -138,8 +145,8 @@ def measure(case: Case, sides: dict[str, Side], repeats: int) -> dict[str, objec
     return {
         **{name: statistics.median(samples) for name, samples in rates.items()},
         "ratio": statistics.median(ratios),
-        "gate": case.gate,
-        "goal": case.goal,
+        "gate": gate,
+        "goal": goal,
         "ratios": ratios,
         "samples": rates,
         "same_first_tokens": float((ours[:, 0] == theirs[:, 0]).mean()),
@@ -154,6 +161,19 @@ def verdict(figures: dict[str, object]) -> str:
     return "gate MISSED"
 
 
+def start(**options: str) -> Engine:
+    return build_engine(
+        EngineConfig.from_options(
+            **options,
+            device="cpu",
+            dtype="bfloat16",
+            max_model_len=1024,
+            max_num_seqs=32,
+            enable_prefix_caching=False,
+        )
+    )
+
+
 def write_random_model(folder: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -164,6 +184,7 @@ def write_random_model(folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="another model of this shape")
+    parser.add_argument("--quantization", help="a format of formats.py, beside our bfloat16")
     parser.add_argument("--random", action="store_true", help="random weights, no download")
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--repeats", type=int, default=5)
@@ -172,30 +193,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.random:
             write_random_model(folder)
-        engine = build_engine(
-            EngineConfig.from_options(
-                model=folder if args.random else args.model,
-                device="cpu",
-                dtype="bfloat16",
-                max_model_len=1024,
-                max_num_seqs=32,
-                enable_prefix_caching=False,
-            )
-        )
-        sides = {"pagedcore": ours(engine), "transformers": peer(engine.info.model)}
+        model = folder if args.random else args.model
+        engine = start(model=model)
+        other: Engine | None = None
+        if args.quantization:
+            with options_for(args.quantization, model) as options:
+                other = start(**options)
+            sides = {args.quantization: ours(other), "bfloat16": ours(engine)}
+        else:
+            sides = {"pagedcore": ours(engine), "transformers": peer(engine.info.model)}
+        first, second = sides
         figures = {}
-        print(f"{'':9}{'pagedcore':>11}{'transformers':>14}{'ratio':>8}{'gate':>7}{'goal':>7}")
+        print(f"{'':9}{first:>14}{second:>14}{'ratio':>8}{'gate':>7}{'goal':>7}")
         for case in CASES:
             if case.name not in args.cases:
                 continue
-            found = figures[case.name] = measure(case, sides, args.repeats)
+            bars = (case.packed_gate, case.packed_goal) if other else (case.gate, case.goal)
+            found = figures[case.name] = measure(case, sides, args.repeats, *bars)
             print(
-                f"{case.name:9}{found['pagedcore']:11,.1f}{found['transformers']:14,.1f}"
-                f"{found['ratio']:7.2f}x{case.gate:6.2f}x{case.goal:6.2f}x  {verdict(found)}",
+                f"{case.name:9}{found[first]:14,.1f}{found[second]:14,.1f}"
+                f"{found['ratio']:7.2f}x{bars[0]:6.2f}x{bars[1]:6.2f}x  {verdict(found)}",
                 flush=True,
             )
         startup = engine.info.startup_seconds
         engine.shutdown()
+        if other is not None:
+            other.shutdown()
     machine.write_result(
         args.out,
         arguments=vars(args),

@@ -20,7 +20,14 @@ PAGES = (
     *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "configuration", "hooks")),
     *(
         f"docs/{name}.md"
-        for name in ("offline", "performance", "plugins", "serving", "troubleshooting")
+        for name in (
+            "offline",
+            "performance",
+            "plugins",
+            "quantization",
+            "serving",
+            "troubleshooting",
+        )
     ),
 )
 COMMANDS = {"generate", "chat", "serve", "plugins", "bench", "--help", "--version"}
