@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import socket
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +101,35 @@ def test_a_later_error_is_an_event_and_ends_the_stream(served):  # D20
         *_, error, end = read_events(answer)
     assert end == "[DONE]"
     assert "no numbers came out" in json.loads(error)["error"]["message"]
+
+
+def resident_bytes(pids):
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+    return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_readers_that_do_not_read_cost_little_and_harm_nobody(served):  # D24
+    children, before = served.tree(), served.engine.state()["aborted"]
+    memory = resident_bytes(children)
+    body = {"prompt": "abc", "max_tokens": 10**6, "stream": True, "logprobs": 20}
+    data = json.dumps(body).encode()
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n" % len(data)
+    )
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            link = stack.enter_context(socket.socket())
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            link.connect(("127.0.0.1", served.port))
+            link.sendall(head + data)
+        connection, answer = served.stream(max_tokens=50)
+        with contextlib.closing(connection):
+            *_, last, end = read_events(answer)
+        assert (json.loads(last)["choices"][0]["finish_reason"], end) == ("length", "[DONE]")
+        while served.engine.state()["aborted"] < before + 8:
+            pass
+        assert resident_bytes(children) - memory < 100 << 20
 
 
 @pytest.fixture(scope="module")
