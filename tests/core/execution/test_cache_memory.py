@@ -34,6 +34,29 @@ def test_layers_of_two_groups_share_memory():
     assert memory.bytes_per_block(both, 16, 2) == memory.bytes_per_block(alone, 16, 2)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "sizes"),
+    [
+        ([None] * 28, [28]),
+        ([4096, None] * 21, [21, 21]),  # Gemma 2
+        (([1024] * 5 + [None]) * 10 + [1024] * 2, [8, 9, 9, 8, 9, 9, 10]),  # Gemma 3 27B
+        (([4096] * 3 + [None]) * 8, [8, 8, 8, 8]),  # Command R7B
+        ([64] + [None] * 20, [1, 20]),
+        ([64] * 47 + [None], [5, 6, 6, 6, 6, 6, 6, 6, 1]),
+        ([64] * 40 + [100] * 10, [10, 10, 10, 10, 10]),
+    ],
+)
+def test_many_layers_that_forget_are_cut_to_the_size_of_those_that_do_not(pattern, sizes):
+    """So that a block of those that do not, of which there are most in the end, is full."""
+    groups = layers(*pattern)
+    assert [len(group.layers) for group in groups] == sizes
+    assert sorted(layer for group in groups for layer in group.layers) == [*range(len(pattern))]
+    assert all(pattern[layer] == g.spec.window for g in groups for layer in g.layers)
+    assert memory.bytes_per_block(groups, 16, 2) == max(sizes) * memory.bytes_per_block(
+        layers(None), 16, 2
+    )
+
+
 def test_layers_of_another_shape_have_memory_of_their_own():
     specs = [CacheSpec(num_kv_heads=8, head_dim=64), CacheSpec(num_kv_heads=4, head_dim=64)]
     each = [memory.bytes_per_block(group_layers([spec]), 16, 2) for spec in specs]

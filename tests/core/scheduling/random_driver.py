@@ -75,7 +75,9 @@ def windowed_world(rng: random.Random) -> WorldConfig:
         max_num_seqs=4,
         budget=rng.choice([7, 64]),
         max_model_len=24,
-        windows=rng.choice([(2,), (4,), (6,), (8,), (None, 3), (None, 5, 2), (5, None)]),
+        windows=rng.choice(
+            [(2,), (4,), (6,), (8,), (None, 3), (None, 5, 2), (5, None), (3, None, 3)]
+        ),
         depth=rng.choice([1, 2, 2]),
         prefix_caching=rng.random() < 0.85,
     )
