@@ -35,7 +35,7 @@ class ServingLoop(uvloop.Loop):
 
     async def create_server(  # type: ignore[override]  # asyncio's has names for what is passed on
         self, protocol_factory: Callable[[], asyncio.Protocol], *args: Any, **options: Any
-    ) -> "asyncio.Server | Listener":
+    ) -> "asyncio.AbstractServer | Listener":
         """As asyncio's."""
         sock = options.get("sock")
         if sock is None or sock.family == socket.AF_UNIX:
