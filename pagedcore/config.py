@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pagedcore.errors import ConfigError
+from pagedcore.presets import PRESETS, PresetName
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +117,8 @@ class CacheConfig:
     prefix_caching_hash_algo: HashAlgorithm = "sha256"
     """What identifies a block; `*_cbor` can be computed in other languages (KV-4)."""
 
-    kv_watermark: float = 0.0
-    """Share of blocks that admission leaves free while something runs (SLOT-5)."""
+    kv_watermark: float | None = None
+    """Share of blocks that admission leaves free while something runs; by default 0 (SLOT-5)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -128,7 +129,7 @@ class CacheConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}"
             )
-        if not 0.0 <= self.kv_watermark < 1.0:
+        if self.kv_watermark is not None and not 0.0 <= self.kv_watermark < 1.0:
             raise ConfigError(f"kv_watermark must be in [0, 1), not {self.kv_watermark}")
         for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override", "cpu_kv_cache_gib"):
             value = getattr(self, name)
@@ -140,6 +141,9 @@ class CacheConfig:
 class SchedulerConfig:
     """Limits of one step, and of what waits for one."""
 
+    preset: PresetName = "general"
+    """Defaults for a purpose: what is set explicitly wins over them."""
+
     max_num_seqs: int | None = None
     """Most sequences that run at the same time."""
 
@@ -149,8 +153,10 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = True
     """Cut prompts that do not fit into the step's budget."""
 
-    long_prefill_token_threshold: int = 0
-    """Most prompt tokens of one sequence in a step, while others are there; 0 is no limit."""
+    long_prefill_token_threshold: int | None = None
+    """Most prompt tokens of one sequence in a step, while others are there; by default 0, which is
+    no limit.
+    """
 
     scheduling_policy: str = "fcfs"
     """Order of the queue and choice of victims: `fcfs`, `priority`, `fair`, or a plugin's.
@@ -178,7 +184,7 @@ class SchedulerConfig:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         names = ("long_prefill_token_threshold", "max_num_queued_reqs", "max_num_queued_tokens")
         for name in names:
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
@@ -254,7 +260,7 @@ class EngineConfig:
         block_size: int,
         chunks_prompts: bool = True,
     ) -> "EngineConfig":
-        """Fill in every default that depends on device or model (semantics CFG-2, CFG-3).
+        """Fill in every default that depends on preset, device or model (CFG-2, CFG-3).
 
         `device_memory_gib` is None on the CPU; `max_model_len` is the model's own limit or the
         one that fits; `block_size` is the backend's preference. A model that must see each prompt
@@ -263,11 +269,13 @@ class EngineConfig:
         """
         chunks_prompts = chunks_prompts and self.scheduler.enable_chunked_prefill
         large = device_memory_gib is not None and device_memory_gib >= 70 and not is_a100
-        asked = self.scheduler
-        max_num_seqs = asked.max_num_seqs or (1024 if large else 256)
+        asked, preset = self.scheduler, PRESETS[self.scheduler.preset]
+        max_num_seqs = asked.max_num_seqs or preset.max_num_seqs or (1024 if large else 256)
         budget = asked.max_num_batched_tokens
         if budget is None:
-            if device_memory_gib is not None and device_memory_gib >= 160:
+            if preset.max_num_batched_tokens is not None:
+                budget = preset.max_num_batched_tokens
+            elif device_memory_gib is not None and device_memory_gib >= 160:
                 budget = 16384
             elif large:
                 budget = 16384 if usage == "offline" else 8192
@@ -287,11 +295,23 @@ class EngineConfig:
                 f"without chunked prefill, max_num_batched_tokens ({budget}) must be at least "
                 f"max_model_len ({max_model_len})"
             )
+        threshold, watermark = asked.long_prefill_token_threshold, self.cache.kv_watermark
+        if threshold is None:
+            threshold = preset.long_prefill_token_threshold or 0
+        if watermark is None:
+            watermark = preset.kv_watermark or 0.0
         return replace(
             self,
             model=replace(self.model, max_model_len=max_model_len),
-            cache=replace(self.cache, block_size=self.cache.block_size or block_size),
-            scheduler=replace(asked, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
+            cache=replace(
+                self.cache, block_size=self.cache.block_size or block_size, kv_watermark=watermark
+            ),
+            scheduler=replace(
+                asked,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=budget,
+                long_prefill_token_threshold=threshold,
+            ),
         )
 
 

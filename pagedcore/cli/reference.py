@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pagedcore.cli.flags import field_docs
 from pagedcore.config import DEPRECATED, EngineConfig, Usage
+from pagedcore.presets import PRESETS
 from pagedcore.request import SamplingParams
 from pagedcore.server_config import API_KEY_VARIABLE, ServerConfig
 from pagedcore.sources.cache import VARIABLE as CACHE_VARIABLE
@@ -41,6 +42,13 @@ DEFAULTS = """\
 
 What is not set is settled when the model is loaded. An explicit value is never changed; a default
 moves, where another setting needs it to.
+"""
+
+PRESET = """\
+### Presets
+
+What `--preset` sets. A flag that is given wins over it, and it wins over the device's defaults.
+See [planning.md](planning.md#presets).
 """
 
 SERVER = """\
@@ -91,6 +99,7 @@ def page() -> str:
         declaration: Any = section.default_factory
         parts.append(f"### {section.name.capitalize()}\n\n{_flags(declaration)}")
     parts.append(f"{DEFAULTS}\n{_device_defaults()}")
+    parts.append(f"{PRESET}\n{_presets()}")
     parts.append(f"{SERVER}\n{_flags(ServerConfig)}")
     parts.append(f"{SAMPLING}\n{_sampling()}")
     parts.append(ENVIRONMENT)
@@ -135,6 +144,14 @@ def _device_defaults() -> str:
         rows.append(row)
     tokens = "`max_num_batched_tokens`"
     return _table(("Device", "`max_num_seqs`", f"{tokens}, offline", f"{tokens}, `serve`"), rows)
+
+
+def _presets() -> str:
+    rows = []
+    for name, preset in PRESETS.items():
+        settings = ", ".join(f"`{key}={value}`" for key, value in preset.settings.items())
+        rows.append((f"`{name}`", settings or "nothing", preset.about))
+    return _table(("Preset", "Sets", "For"), rows)
 
 
 def _declared(declaration: type) -> Iterator[tuple[str, str, str, str]]:

@@ -1,6 +1,8 @@
 """`pagedcore serve`: a model behind a server that a plugin mounts."""
 
+import logging
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 from pagedcore.cli.flags import command, engine_parameters, parameters, take
@@ -8,7 +10,10 @@ from pagedcore.config import DEFAULT_MODEL, EngineConfig
 from pagedcore.errors import ConfigError
 from pagedcore.logs import configure_logs
 from pagedcore.plugins import choose, load_plugins
+from pagedcore.presets import PRESETS
 from pagedcore.server_config import ServerConfig
+
+logger = logging.getLogger(__name__)
 
 
 @command([*parameters(ServerConfig), *engine_parameters()])
@@ -26,12 +31,24 @@ def serve(model: str = DEFAULT_MODEL, *, server: str = "litserve", **options: An
     if server_config.log_format != "text":
         configure_logs(server_config.log_format)
     engine_config = EngineConfig.from_options(model=model, **options)
+    _tell_preset(engine_config, options)
     execution = engine_config.execution
     plugins = load_plugins(execution.disable_plugin, execution.only_plugin)
     mount = choose(plugins, "pagedcore_servers", server)
     _check_address(server_config.host, server_config.port)
     status: int = mount(engine_config, server_config)
     return status
+
+
+def _tell_preset(config: EngineConfig, given: Mapping[str, Any]) -> None:
+    """Log what the preset sets, and what flags set in its place."""
+    name = config.scheduler.preset
+    settings = PRESETS[name].settings
+    told = [
+        f"{key}={given[key]} (given)" if given.get(key) is not None else f"{key}={value}"
+        for key, value in settings.items()
+    ]
+    logger.info("preset %s: %s", name, ", ".join(told) or PRESETS[name].about)
 
 
 def _check_address(host: str, port: int) -> None:

@@ -57,7 +57,7 @@ def build_engine(
         max_model_len=executor.max_model_len,
         enable_prefix_caching=config.cache.enable_prefix_caching and is_decoder,
         hash_algorithm=config.cache.prefix_caching_hash_algo,
-        kv_watermark=config.cache.kv_watermark,
+        kv_watermark=config.cache.kv_watermark or 0.0,
         policy=policy,
         seed=config.execution.seed,
     )

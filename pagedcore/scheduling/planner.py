@@ -67,7 +67,7 @@ class Planner:
         self._block_size = block_size
         self._budget = budget
         self._chunked = config.enable_chunked_prefill
-        self._threshold = config.long_prefill_token_threshold
+        self._threshold = config.long_prefill_token_threshold or 0
         self._reserves_all = config.scheduler_reserve_full_isl
         self._watermark = int(kv_watermark * (pool.num_blocks - 1))
         self._last: Batch | None = None

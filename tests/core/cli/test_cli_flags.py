@@ -23,7 +23,7 @@ def served(monkeypatch):
         calls.append((engine_config, server_config))
         return 7
 
-    monkeypatch.setattr("pagedcore.cli.serve.load_plugins", lambda disabled: disabled)
+    monkeypatch.setattr("pagedcore.cli.serve.load_plugins", lambda disabled, only: disabled)
     monkeypatch.setattr(
         "pagedcore.cli.serve.choose", lambda manager, hook, name: {"fake": mount}[name]
     )

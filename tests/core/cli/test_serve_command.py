@@ -32,7 +32,7 @@ class Mount:
 def mount(monkeypatch):
     plugin = Mount()
     monkeypatch.setattr(
-        "pagedcore.cli.serve.load_plugins", lambda disabled: register({"p": plugin})
+        "pagedcore.cli.serve.load_plugins", lambda disabled, only: register({"p": plugin})
     )
     return plugin
 
@@ -76,3 +76,10 @@ def test_an_interrupt_ends_quietly_with_130(mount, capsys):
     mount.error = KeyboardInterrupt()
     assert main(["serve", "--server", "fake", "--port", "0"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_preset_is_told_with_what_was_given_in_its_place(mount, caplog):
+    with caplog.at_level("INFO", logger="pagedcore.cli.serve"):
+        flags = ["--preset", "low-latency", "--max-num-seqs", "9"]
+        assert main(["serve", "--server", "fake", "--port", "0", *flags]) == 0
+    assert "preset low-latency: max_num_seqs=9 (given), max_num_batched_tokens=" in caplog.text
