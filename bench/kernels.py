@@ -1,7 +1,7 @@
 """Check every kernel against torch, time it, and print its rate beside what the device can do.
 
     python bench/kernels.py --out bench/results/kernels.json
-    python bench/kernels.py --tune decode extend        # search settings of the attention kernels
+    python bench/kernels.py --tune decode extend        # search settings: decode, extend, packed
     TRITON_INTERPRET=1 python bench/kernels.py --dry-run    # on a CPU, with tiny shapes
 
 What `pagedcore bench kernels` does, without an installation. Exits with status 1 when a kernel is
@@ -71,7 +71,7 @@ def run_tuning(bench: KernelBench, kernels: list[str]) -> list[Trial]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any device")
-    parser.add_argument("--tune", nargs="+", default=[], choices=["decode", "extend"])
+    parser.add_argument("--tune", nargs="+", default=[], choices=["decode", "extend", "packed"])
     parser.add_argument("--skip", nargs="+", default=[], choices=["checks", "speed"])
     parser.add_argument("--cache-gib", type=float, default=16.0, help="keys and values to read")
     parser.add_argument("--out", help="where to write the result file")

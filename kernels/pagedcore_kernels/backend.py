@@ -44,6 +44,7 @@ from pagedcore_kernels.latent_ops import LatentOps
 from pagedcore_kernels.linear_ops import LinearOps
 from pagedcore_kernels.small_linear import Scratch
 from pagedcore_kernels.step_lists import shared_tile_list, shared_work_list
+from pagedcore_kernels.tuned_plans import load_plans, plans_file
 
 MIN_CAPABILITY = (8, 0)
 """The first with bfloat16 matrix products and asynchronous copies."""
@@ -62,6 +63,7 @@ class TritonOps(LinearOps, LatentOps):
         self.supports_graphs = self.device.type == "cuda"
         self._num_sms, self._shared_memory = _size_of(self.device)
         self._scratch = Scratch(self.device)
+        self._plans = load_plans(plans_file(self.device))
 
     def kernel_bench(self, *, small: bool = False, cache_gib: float = 16.0) -> KernelBench:
         """See `pagedcore.execution.kernel_bench.Measured`."""

@@ -20,7 +20,9 @@ from pagedcore_kernels import fp8, int8, packed_linear, small_linear
 from pagedcore_kernels.dependent import can_depend
 from pagedcore_kernels.fallback import with_fallback
 from pagedcore_kernels.packed_layout import Packed, pack
+from pagedcore_kernels.packed_widen import multiply_widened
 from pagedcore_kernels.small_linear_plans import choose_scaled_plan
+from pagedcore_kernels.tuned_plans import TunedPlans
 
 FAST_ACCUMULATION = True
 """Sums of 8-bit products are kept in fewer than 32 bits inside the tensor cores. The error, about
@@ -40,6 +42,8 @@ class LinearOps:
     plain: Ops
     supports_graphs: bool
     _scratch: small_linear.Scratch
+    _plans: TunedPlans
+    _shared_memory: int
 
     def pack_linear(self, weight: Tensor) -> Tensor:
         """See `Ops.pack_linear`."""
@@ -127,7 +131,18 @@ class LinearOps:
             x = x.index_select(1, weight.order)
         elif x.stride(1) != 1:
             x = x.contiguous()
-        return packed_linear.linear(x, weight, bias, self._scratch, dependent=can_depend(x.device))
+        plan = self._plans.choose(len(x), weight)
+        if plan is None:
+            return multiply_widened(x, weight, bias)
+        return packed_linear.linear(
+            x,
+            weight,
+            bias,
+            self._scratch,
+            plan=plan,
+            dependent=can_depend(x.device),
+            shared_memory=self._shared_memory,
+        )
 
     @with_fallback
     def int8_linear(

@@ -14,8 +14,8 @@ program takes, it reads whole runs.
 Word c of a row holds the codes of input c of some of the block's quarters: with 4 bits of all, the
 first quarter's in the lowest bits; with 8 bits word c has those of the first and the second, and
 word Q + c those of the third and the fourth. So a tile of words becomes tiles of weights without
-moving a number between threads, each the factor of a product of its own. A quarter has 32 inputs,
-or 16 where these are a group: no group ends inside one.
+moving a number between threads, each the factor of a product of its own. A quarter has 16, 32 or
+64 inputs; no group ends inside one.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagedcore.execution.quantized import Grouped
+from pagedcore_kernels.packed_plans import best_quarter
 
 ROWS = 16
 """Outputs that lie together."""
@@ -72,9 +73,12 @@ class Packed(Grouped):
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
-def quarter_of(num_inputs: int, group: int) -> int:
+def quarter_of(num_outputs: int, num_inputs: int, group: int) -> int:
     """Inputs of a quarter; 0 where groups have no layout."""
-    if group >= num_inputs or group in (32, 64) or group % 128 == 0:
+    is_whole = group >= num_inputs
+    if num_inputs % 256 == 0 and (is_whole or group % 256 == 0 or group in (64, 128)):
+        return best_quarter(num_outputs)
+    if is_whole or group % 128 == 0 or group in (32, 64):
         return 32
     return 16 if group == 16 else 0
 
@@ -83,7 +87,7 @@ def pack(weight: Grouped, quarter: int | None = None) -> Packed | None:
     """The same weight in this layout; None where its groups have none."""
     num_outputs, num_inputs = weight.shape
     group = weight.group
-    quarter = quarter or quarter_of(num_inputs, group)
+    quarter = quarter or quarter_of(num_outputs, num_inputs, group)
     is_whole = group >= num_inputs
     if not quarter or (weight.minimum is not None and (is_whole or group > 4 * quarter)):
         return None

@@ -27,7 +27,13 @@ from torch import Tensor
 from pagedcore_kernels.packed_codes import assembly
 from pagedcore_kernels.packed_kernel import packed_kernel
 from pagedcore_kernels.packed_layout import ROWS, Packed
-from pagedcore_kernels.packed_plans import PackedPlan, choose_plan, rows_per_program
+from pagedcore_kernels.packed_plans import (
+    SHARED_MEMORY,
+    PackedPlan,
+    choose_plan,
+    fit,
+    rows_per_program,
+)
 from pagedcore_kernels.packed_widen import format_of, multiply_widened
 from pagedcore_kernels.small_linear import Scratch
 
@@ -42,6 +48,7 @@ def linear(
     *,
     plan: PackedPlan | None = None,
     dependent: bool = False,
+    shared_memory: int = SHARED_MEMORY,
 ) -> Tensor:
     """x [M, K] times a packed weight [N, K], plus bias [N]: [M, N] in x's dtype.
 
@@ -51,9 +58,10 @@ def linear(
     """
     num_rows = len(x)
     if plan is None:
-        plan = choose_plan(num_rows, weight.num_outputs, weight.num_inputs)
+        plan = choose_plan(num_rows, *weight.shape, weight.quarter)
     if plan is None:
         return multiply_widened(x, weight, bias)
+    plan = fit(plan, num_rows, weight.quarter, weight.bits, x.itemsize, shared_memory)
     out = torch.empty((num_rows, weight.num_outputs), dtype=x.dtype, device=x.device)
     if num_rows:
         _multiply(x, weight, bias, out, plan, scratch, dependent)

@@ -1,6 +1,7 @@
-"""How products with packed weights are cut, by shape."""
+"""How products with packed weights are cut, by shape: what `bench/packed_linear.py` found."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 MIN_ROWS = 8
 """Of a matrix product on tensor cores, where the weight is its left factor."""
@@ -10,6 +11,12 @@ MAX_ROWS = 128
 
 MAX_PACKED_ROWS = 256
 """Above, a weight is widened first, and multiplied by the vendor's library."""
+
+SHARED_MEMORY = 232_448
+"""Of one program on a Hopper GPU, on which the plans were measured."""
+
+_MANY_OUTPUTS = 16384
+"""From here on there are tiles enough for all processors, and blocks are best small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +34,122 @@ class PackedPlan:
     parts: int = 1
     num_warps: int = 4
     num_stages: int = 4
-    prefetch: int = 8
-    early: bool = True
+    prefetch: int = 0
+    early: bool = False
 
 
-def choose_plan(m: int, n: int, k: int) -> PackedPlan | None:
+def is_plan(plan: PackedPlan) -> bool:
+    """Whether a kernel can be cut like this, on some device."""
+    powers = (plan.bn, plan.slices, plan.parts, plan.num_warps)
+    return (
+        all(value > 0 and not value & (value - 1) for value in powers)
+        and 16 <= plan.bn <= 256
+        and plan.slices <= 32
+        and plan.parts <= 32
+        and plan.num_warps <= 16
+        and 1 <= plan.num_stages <= 8
+        and 0 <= plan.prefetch <= 64
+    )
+
+
+def best_quarter(n: int) -> int:
+    """Inputs of a quarter of a block, for weights whose groups leave the choice."""
+    return 32 if n >= _MANY_OUTPUTS else 64
+
+
+def choose_plan(m: int, n: int, k: int, quarter: int = 32) -> PackedPlan | None:
     """The plan for m rows with a weight [n, k]; None where widening it first is faster."""
-    if m > MAX_PACKED_ROWS:
+    if m > MAX_PACKED_ROWS or (m > 128 and max(n, k) <= 4096):
         return None
-    blocks = -(-k // 128)
-    if m > 32:
-        return PackedPlan(128, 1, _parts(n, 128, blocks, 264), 8, 3)
-    return PackedPlan(128, 1, _parts(n, 128, blocks, 396), 4, 5)
+    plan = _for_many_outputs(m) if n >= _MANY_OUTPUTS else _for_few_outputs(m, n, k)
+    blocks = max(1, k // (4 * quarter))
+    slices = min(plan.slices, _power_of_2_below(blocks))
+    parts = min(plan.parts, _power_of_2_below(max(1, blocks // slices)))
+    return replace(plan, slices=slices, parts=parts)
 
 
-def _parts(n: int, bn: int, blocks: int, programs: int) -> int:
-    """Parts of the blocks, so that about so many programs share the work."""
-    tiles = -(-n // bn)
-    parts = 1
-    while parts < 16 and tiles * parts * 2 <= programs * 4 // 3 and blocks >= parts * 4:
-        parts *= 2
-    return parts
+def fit(
+    plan: PackedPlan,
+    m: int,
+    quarter: int,
+    bits: int,
+    itemsize: int,
+    shared_memory: int = SHARED_MEMORY,
+) -> PackedPlan:
+    """The plan, with as few stages and slices as shared memory has room for.
+
+    A stage holds words of `bits`, and x with numbers of `itemsize` bytes.
+    """
+    of_words, of_rows = quarter * bits // 2, 4 * quarter * rows_per_program(m) * itemsize
+    while True:
+        stage = plan.slices * (plan.bn * (of_words + 20) + of_rows)
+        if plan.num_stages * stage <= shared_memory or (plan.num_stages, plan.slices) == (2, 1):
+            return plan
+        if plan.num_stages > 2:
+            plan = replace(plan, num_stages=plan.num_stages - 1)
+        else:
+            plan = replace(plan, slices=plan.slices // 2)
+
+
+def _for_few_outputs(m: int, n: int, k: int) -> PackedPlan:
+    if m <= 8:
+        return PackedPlan(32, 4, 1, 4, 6) if n <= 4224 else PackedPlan(64, 4, 4, 4, 4)
+    if m <= 16:
+        return PackedPlan(128, 1, _parts(n, 128, 264), 4, 4)
+    if m <= 64:
+        if k > 8192:
+            return PackedPlan(128, 1, _parts(n, 128, 264), 4, 3)
+        return PackedPlan(64, 1, _parts(n, 64, 264 if m <= 32 else 132), 4, 4)
+    return PackedPlan(128, 1, _parts(n, 128, 132), 8, 3, 8, early=True)
+
+
+def _for_many_outputs(m: int) -> PackedPlan:
+    if m <= 8:
+        return PackedPlan(128, 1, 4, 4, 5)
+    if m <= 16:
+        return PackedPlan(128, 1, 2, 4, 4, 0, early=True)
+    if m <= 64:
+        return PackedPlan(128, 1, 1, 4, 4 if m <= 32 else 3)
+    return PackedPlan(128, 1, 1, 8, 4)
+
+
+def candidate_plans(m: int, n: int, k: int, quarter: int = 32) -> Iterator[PackedPlan | None]:
+    """Plans worth a try for m rows with a weight [n, k]; None where widening it may be faster."""
+    blocks = -(-k // (4 * quarter))
+    if m <= 16:
+        cuts = [(32, 4, 1, 4, 6), (32, 4, 2, 4, 5), (64, 4, 1, 4, 4), (64, 4, 2, 4, 4)]
+        cuts += [(64, 4, 4, 4, 4), (16, 4, 2, 4, 5), (64, 1, 8, 4, 5)]
+        cuts += [(128, 1, parts, 4, stages) for parts in (2, 4, 8) for stages in (4, 6)]
+        cuts += [(16, 16, 1, 8, 2), (32, 16, 1, 8, 2)]
+    elif m <= 64:
+        cuts = [(128, 1, parts, 4, stages) for parts in (1, 2, 4, 8) for stages in (3, 4)]
+        cuts += [(64, 1, parts, 4, 4) for parts in (1, 2, 4)]
+    else:
+        cuts = [(128, 1, parts, 8, stages) for parts in (1, 2, 4) for stages in (3, 4)]
+        yield None
+    for bn, slices, parts, num_warps, num_stages in cuts:
+        if slices * parts > max(blocks, 1) or bn > max(n, 32):
+            continue
+        yield PackedPlan(bn, slices, parts, num_warps, num_stages)
+        if m > 64 or slices >= 16 or (m > 8 and n >= _MANY_OUTPUTS):
+            yield PackedPlan(bn, slices, parts, num_warps, num_stages, 8, early=True)
+
+
+def rows_of_plan(m: int) -> int:
+    """The number of rows whose plan m rows share: a power of two."""
+    return max(MIN_ROWS, 1 << max(m - 1, 0).bit_length())
 
 
 def rows_per_program(m: int) -> int:
     """Rows that a program's tile has room for."""
-    rows = MIN_ROWS
-    while rows < min(m, MAX_ROWS):
-        rows *= 2
-    return rows
+    return min(rows_of_plan(m), MAX_ROWS)
+
+
+def _parts(n: int, bn: int, programs: int) -> int:
+    """Parts of the blocks, a power of two, so that no more than so many programs share the work."""
+    return min(8, _power_of_2_below(max(1, programs // -(-n // bn))))
+
+
+def _power_of_2_below(number: int) -> int:
+    """The largest that is no larger."""
+    return 1 << (number.bit_length() - 1)

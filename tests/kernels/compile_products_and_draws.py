@@ -11,7 +11,10 @@ from compile_for_gpus import AbsentGpu, compile_only
 from triton.runtime.jit import JITFunction
 
 from pagedcore.execution.ops import SamplingTensors
-from pagedcore_kernels import fp8
+from pagedcore.execution.quantized import Grouped
+from pagedcore_kernels import block_fp8, fp8, int8, packed_linear, packed_widen
+from pagedcore_kernels.packed_layout import pack
+from pagedcore_kernels.packed_plans import PackedPlan
 from pagedcore_kernels.sampling import sample
 from pagedcore_kernels.small_linear import Scratch, linear
 from pagedcore_kernels.small_linear_plans import DotPlan
@@ -53,6 +56,34 @@ def products(*, is_hopper):
     linear(x[:, :1000], x.new_empty(1024, 1000), None, scratch, plan=DotPlan(8, 128, 1, 2, 4, 3))
 
 
+def packed(*, is_hopper):
+    scratch, x = Scratch(torch.device("cpu")), torch.empty(8, 1024, dtype=torch.bfloat16)
+    codes, scale = torch.empty(256, 512, dtype=torch.uint8), torch.empty(256, 8).half()
+    zeros = pack(Grouped(codes, scale, 4, zero=torch.empty(256, 8, dtype=torch.uint8)))
+    packed_linear.linear(x, zeros, None, scratch, plan=PackedPlan(128, 1, 4))
+    packed_widen.widen(zeros, 0, 64, torch.bfloat16)
+    int8.linear(x, torch.empty(256, 1024, dtype=torch.int8), torch.empty(256, 1))
+    if not is_hopper:
+        return
+    plain = pack(Grouped(codes, scale, 4))
+    plans = [(8, PackedPlan(32, 4, 1)), (64, PackedPlan(128, 1, 2)), (1, PackedPlan(32, 8, 1, 8))]
+    for rows, plan in plans:
+        several = x.new_empty(rows, 1024)
+        packed_linear.linear(several, plain, None, scratch, plan=plan, dependent=True)
+    table = pack(Grouped(codes, scale, 4, table=torch.rand(16)))
+    minima = pack(Grouped(codes, x.new_empty(256, 32), 4, minimum=torch.empty(256, 32)))
+    by_eight = pack(Grouped(x.new_empty(256, 1024, dtype=torch.uint8), scale, 8))
+    for rows, weight in ((x, table), (x, minima), (x, by_eight), (x.half(), by_eight)):
+        packed_linear.linear(rows, weight, None, scratch, plan=PackedPlan(64, 1, 8))
+
+
+def blocks():
+    x, shares = torch.empty(8, 1024, dtype=torch.bfloat16), torch.empty(256, 8)
+    values, scale = block_fp8.quantize_groups(x, dependent=True)
+    weight, scratch = torch.empty(256, 1024, dtype=values.dtype), Scratch(torch.device("cpu"))
+    block_fp8.block_linear(values, scale, weight, shares, None, x.dtype, scratch, dependent=True)
+
+
 def rounding():
     for dtype, width in ((torch.bfloat16, 4096), (torch.float16, 1000), (torch.float32, 14336)):
         x = torch.empty(3, width, dtype=dtype)
@@ -67,5 +98,7 @@ if __name__ == "__main__":
     JITFunction.__getitem__ = compile_only
     sampling(is_hopper=capability >= 90)
     products(is_hopper=capability >= 90)
+    packed(is_hopper=capability >= 90)
     if capability >= 90:  # 8 bits came with 8.9
         rounding()
+        blocks()

@@ -1,14 +1,17 @@
 """The bench of the kernels: what it checks, and what it counts."""
 
 import pytest
+import torch
 
 from pagedcore.errors import ConfigError
 from pagedcore.execution.kernel_bench import Check, Measured
 from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.checks import check_kernels
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
+from pagedcore_kernels.bench.packed_tuning import packed_cases, random_weight, tune_packed
 from pagedcore_kernels.bench.speed import AttentionCase
 from pagedcore_kernels.bench.suite import decode_cases, extend_cases
+from pagedcore_kernels.tuned_plans import load_plans
 
 
 def test_every_check_passes_and_there_is_one_for_each_kernel(device):
@@ -61,8 +64,19 @@ def test_settings_of_one_kernel_are_tried_in_turn(device):
     first = next(bench.trials("decode"))
     assert first.rate > 0
     assert first.case == "B 2 ctx 3-70 heads 4/2"
-    with pytest.raises(ConfigError, match="decode and extend"):
+    with pytest.raises(ConfigError, match="decode, extend, packed"):
         bench.trials("copy")
+
+
+def test_plans_of_packed_products_are_tried_and_the_best_is_kept(device, tmp_path):
+    cases = packed_cases(small=True)
+    path = tmp_path / "plans.json"
+    trials = list(tune_packed(cases, device, torch.float16, path))
+    case = "m 8 n 32 k 1024 bits 4 group 128"
+    assert {trial.case for trial in trials} == {case}
+    best = max(trials, key=lambda trial: trial.rate)
+    weight = random_weight(cases[0], device)
+    assert load_plans(path).choose(2, weight) == best.config
 
 
 def test_no_room_for_one_block_is_refused(device):

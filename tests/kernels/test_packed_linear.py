@@ -1,6 +1,7 @@
 """Products with weights that stay packed, against plain torch in float64."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from pagedcore_kernels.fallback import PlainOps
 from pagedcore_kernels.packed_codes import E2M1
 from pagedcore_kernels.packed_layout import Packed, pack, unpack
 from pagedcore_kernels.packed_linear import linear
-from pagedcore_kernels.packed_plans import MAX_PACKED_ROWS, PackedPlan, choose_plan
+from pagedcore_kernels.packed_plans import (
+    MAX_PACKED_ROWS,
+    PackedPlan,
+    choose_plan,
+    fit,
+    is_plan,
+)
 from pagedcore_kernels.packed_widen import multiply_widened, widen
 from pagedcore_kernels.small_linear import Scratch
 
@@ -171,20 +178,31 @@ def test_where_the_kernel_does_not_compile_plain_torch_reads_a_packed_weight():
 
 def test_few_rows_have_plans_and_prompts_have_none():
     for n, k in [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (576, 576)]:
-        for m in (1, 3, 16, 33, MAX_PACKED_ROWS):
-            plan = choose_plan(m, n, k)
+        for m, quarter in product((1, 3, 16, 33, 128), (16, 32, 64)):
+            plan = choose_plan(m, n, k, quarter)
             assert plan is not None
-            assert 1 <= plan.parts * plan.slices <= max(1, k // 128)
-        assert choose_plan(8192, n, k) is None
+            assert is_plan(plan)
+            assert plan.parts * plan.slices <= max(1, k // (4 * quarter))
+        assert choose_plan(MAX_PACKED_ROWS + 1, n, k) is None
+
+
+@pytest.mark.parametrize("room", [232_448, 166_912, 101_376])
+def test_a_plan_is_cut_down_to_the_shared_memory_of_the_device(room):
+    plan = fit(PackedPlan(32, 4, 1, 4, 6), 16, 64, 4, 2, room)
+    words, others = 4 * 32 * 128, 4 * 256 * 16 * 2
+    assert plan.num_stages * (words + others) <= room
+    assert plan.num_stages < 6
+    assert fit(PackedPlan(32, 4, 1, 4, 3), 1, 32, 4, 2, room) == PackedPlan(32, 4, 1, 4, 3)
+    assert is_plan(fit(PackedPlan(128, 1, 1, 8, 4), 128, 64, 8, 4, room))
 
 
 def test_a_weight_that_is_only_described_is_packed_into_a_description():
     weight = Grouped(
-        codes=torch.empty((32, 64), dtype=torch.uint8, device="meta"),
+        codes=torch.empty((32, 128), dtype=torch.uint8, device="meta"),
         scale=torch.empty((32, 1), dtype=torch.float16, device="meta"),
         bits=4,
     )
     packed = pack(weight)
     assert packed is not None
     assert packed.codes.is_meta
-    assert packed.num_bytes == 32 * 64 + 32 * 4
+    assert packed.num_bytes == 32 * 128 + 32 * 4

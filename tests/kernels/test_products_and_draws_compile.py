@@ -15,8 +15,18 @@ EVERYWHERE = {
     "_unlisted_kernel",
     "_row_kernel",
     "_dot_kernel",
+    "packed_kernel",
+    "_widen_kernel",
+    "_quantize_int8_kernel",
+    "_int8_kernel",
 }
-IN_8_BITS = {"_quantize_kernel", "_add_rms_norm_kernel", "_silu_mul_kernel"}
+IN_8_BITS = {
+    "_quantize_kernel",
+    "_add_rms_norm_kernel",
+    "_silu_mul_kernel",
+    "_quantize_groups_kernel",
+    "_block_kernel",
+}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pagedcore.errors import ConfigError
 from pagedcore.execution.kernel_bench import Check, Figure, Trial, Unit
 from pagedcore_kernels.bench.checks import check_kernels
 from pagedcore_kernels.bench.clock import copy_bandwidth, product_rate
+from pagedcore_kernels.bench.packed_tuning import packed_cases, tune_packed
 from pagedcore_kernels.bench.speed import (
     BLOCK_SIZE,
     HEAD_DIM,
@@ -24,6 +25,7 @@ from pagedcore_kernels.bench.speed import (
 from pagedcore_kernels.bench.tuning import decode_configs, extend_configs, tune
 from pagedcore_kernels.decode_attention import DecodeConfig, choose_decode
 from pagedcore_kernels.extend_plan import ExtendConfig, choose_extend
+from pagedcore_kernels.tuned_plans import plans_file
 
 HEADS = ((16, 8), (32, 8), (32, 4))
 """Query and kv heads of Qwen3-0.6B, Llama-3.1-8B and Qwen3-30B-A3B."""
@@ -60,7 +62,7 @@ def extend_cases() -> list[AttentionCase]:
 class Suite:
     """See `KernelBench`. `small` takes tiny shapes in float16, which triton's interpreter knows."""
 
-    tunable: tuple[str, ...] = ("decode", "extend")
+    tunable: tuple[str, ...] = ("decode", "extend", "packed")
 
     def __init__(
         self,
@@ -115,6 +117,9 @@ class Suite:
 
     def trials(self, kernel: str) -> Iterator[Trial]:
         """See `KernelBench.trials`."""
+        if kernel == "packed":
+            path = None if self._small else plans_file(torch.device(self._device))
+            return tune_packed(packed_cases(small=self._small), self._device, self._dtype, path)
         pool = Pool(64, self._dtype, self._device) if self._small else self._pool(TUNING_GIB)
         cases, configs = self._tuning(kernel)
         return tune(cases, pool, self._num_sms, configs)
@@ -136,7 +141,7 @@ class Suite:
                 for num, length in ((1, 1024), (4, 4096))
             ]
             return [AttentionCase(4, 2, (70,), 70)] if self._small else cases, [*extend_configs()]
-        raise ConfigError(f"only {' and '.join(self.tunable)} have settings, not {kernel!r}")
+        raise ConfigError(f"only {', '.join(self.tunable)} have settings, not {kernel!r}")
 
     def _attention(self, pool: Pool, cases: list[AttentionCase]) -> Iterator[Figure]:
         decode = choose_decode(HEAD_DIM, self._dtype, BLOCK_SIZE, self._shared_memory)

@@ -37,7 +37,8 @@ class Benchmark:
     """What to leave out: `checks` or `speed`."""
 
     tune: tuple[str, ...] = ()
-    """Kernels whose settings are searched, too: `decode` and `extend` of `triton`."""
+    """Kernels whose settings are searched, too: `decode`, `extend` and `packed` of `triton`. What
+    is best for `packed` is kept in the cache, and used from then on."""
 
     cache_gib: float = 16.0
     """Most memory for the keys and values that attention reads; large cases need much."""
