@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagedcore.execution.ops import Ops
-from pagedcore.execution.quantized import Activations, Grouped, Quantized
-from pagedcore_kernels import fp8, int8, packed_linear, small_linear
+from pagedcore.execution.quantized import GROUP_COLUMNS, Activations, Grouped, Quantized
+from pagedcore_kernels import block_fp8, fp8, int8, packed_linear, small_linear
 from pagedcore_kernels.dependent import can_depend
 from pagedcore_kernels.fallback import with_fallback
 from pagedcore_kernels.packed_layout import Packed, pack
@@ -30,6 +30,9 @@ FAST_ACCUMULATION = True
 
 SCALED_CAPABILITY = (8, 9)
 """The first whose tensor cores multiply float8."""
+
+MIN_LIBRARY_ROWS = 16
+"""From here on, the library is faster with scales of groups than `block_fp8` is."""
 
 _ALIGNMENT = 16  # of the inputs and outputs of a scaled product
 
@@ -92,6 +95,8 @@ class LinearOps:
         if isinstance(x, Tensor):
             if not self.wants_quantized(len(x), weight, scale, x.dtype):
                 x = x if x.stride(1) == 1 else x.contiguous()
+                if len(x) > 1 and x.dtype != torch.float32 and self._multiplies_float8:
+                    return self._multiply_groups(x, weight, scale, bias)
                 return small_linear.linear(
                     x, weight, bias, self._scratch, scale=scale, dependent=can_depend(x.device)
                 )
@@ -104,6 +109,30 @@ class LinearOps:
             bias=bias,
             out_dtype=x.dtype,
             use_fast_accum=FAST_ACCUMULATION,
+        )
+
+    def _multiply_groups(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """`scaled_linear` of rows that are rounded in groups, with a weight of any groups."""
+        (rows, k), (n, num_groups) = x.shape, scale.shape
+        dependent = can_depend(x.device)
+        values, of_rows = block_fp8.quantize_groups(x, dependent=dependent)
+        is_aligned = n % _ALIGNMENT == 0 and k % GROUP_COLUMNS == 0
+        is_known = x.dtype == torch.bfloat16 and num_groups > 1 and self._scales_groups
+        if rows >= MIN_LIBRARY_ROWS and is_aligned and is_known:
+            out = torch._scaled_mm(
+                values,
+                weight.t(),
+                of_rows.t(),
+                scale.t().contiguous(),
+                out_dtype=x.dtype,
+            )
+            return out if bias is None else out.add_(bias)
+        if num_groups == 1:
+            scale = scale.expand(n, len(of_rows))
+        return block_fp8.block_linear(
+            values, of_rows, weight, scale, bias, x.dtype, self._scratch, dependent=dependent
         )
 
     @with_fallback
@@ -153,7 +182,17 @@ class LinearOps:
         return int8.linear(x, weight, scale, bias, self._scratch, dependent=can_depend(x.device))
 
     @cached_property
+    def _scales_groups(self) -> bool:
+        """Whether the library's scaled product takes scales of groups: on Hopper, CUDA 12.9."""
+        release = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
+        return can_depend(self.device) and release >= (12, 9) and _is_hopper(self.device)
+
+    @cached_property
     def _multiplies_float8(self) -> bool:
         if self.device.type != "cuda":
             return False
         return torch.cuda.get_device_capability(self.device) >= SCALED_CAPABILITY
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9

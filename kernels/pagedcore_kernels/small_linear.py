@@ -4,7 +4,7 @@
 
     x         [M, K]      K contiguous, M may have any stride; bfloat16, float16 or float32
     weight    [N, K]      contiguous, same dtype, or float8 e4m3
-    scale     [N, G]      float32, contiguous; of a float8 weight: times what its numbers are.
+    scale     [N, G]      float32, any strides; of a float8 weight: times what its numbers are.
                           G is 1, or cdiv(K, 128) for groups of 128 columns
     bias      [N]         contiguous, same dtype as x; optional
     partial   [P, tiles of M and N, BM, BN]   float32 scratch, where P > 1
@@ -60,19 +60,18 @@ def _widened(factor, dtype: tl.constexpr):
 
 @triton.jit
 def _shares_of(
-    scale,
-    output,
+    source,
+    inside,
     first,
-    num_outputs,
     num_groups,
+    stride,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Scales of BK columns from group `first` on, [BN, BK]."""
-    group = first + tl.arange(0, BK // GROUP)
-    known = (output < num_outputs)[:, None] & (group < num_groups)[None, :]
-    share = tl.load(scale + output[:, None] * num_groups + group[None, :], known, 0.0)
+    """Scales of BK columns from group `first` on, [BN, BK], of outputs [BN, 1] at `source`."""
+    group = first + tl.arange(0, BK // GROUP)[None, :]
+    share = tl.load(source + group * stride, inside[:, None] & (group < num_groups), 0.0)
     return tl.reshape(tl.broadcast_to(share[:, :, None], [BN, BK // GROUP, GROUP]), [BN, BK])
 
 
@@ -86,6 +85,8 @@ def _row_kernel(
     num_outputs,
     num_inputs,
     num_groups,
+    scale_stride,
+    group_stride,
     BN: tl.constexpr,
     BK: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -97,6 +98,7 @@ def _row_kernel(
 ):
     output = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = output < num_outputs
+    shares = scale + output[:, None] * scale_stride if GROUP > 0 else scale
     row = tl.minimum(output, num_outputs - 1).to(tl.int64) * num_inputs
     column = tl.arange(0, BK)
     total = tl.zeros([BN, BK], tl.float32)
@@ -111,7 +113,7 @@ def _row_kernel(
         )
         share = 1.0
         if GROUP > 0:
-            share = _shares_of(scale, output, 0, num_outputs, num_groups, BN, BK, GROUP)
+            share = _shares_of(shares, inside, 0, num_groups, group_stride, BN, BK, GROUP)
         tl.extra.cuda.gdc_wait()
         value = tl.load(x + column, within, 0.0)
         total += early.to(tl.float32) * value.to(tl.float32)[None, :] * share
@@ -130,11 +132,13 @@ def _row_kernel(
             product = factor.to(tl.float32) * value.to(tl.float32)[None, :]
             if GROUP > 0:
                 group = (first + step * BK) // GROUP
-                product *= _shares_of(scale, output, group, num_outputs, num_groups, BN, BK, GROUP)
+                product *= _shares_of(
+                    shares, inside, group, num_groups, group_stride, BN, BK, GROUP
+                )
             total += product
     result = tl.sum(total, 1)
     if HAS_SCALE and GROUP == 0:
-        result *= tl.load(scale + output, inside, 0.0)
+        result *= tl.load(scale + output * scale_stride, inside, 0.0)
     if HAS_BIAS:
         result += tl.load(bias + output, inside, 0.0).to(tl.float32)
     tl.store(out + output, result.to(out.dtype.element_ty), inside)
@@ -153,6 +157,8 @@ def _dot_kernel(
     num_outputs,
     num_inputs,
     num_groups,
+    scale_stride,
+    group_stride,
     x_stride,
     span,
     parts,
@@ -196,7 +202,7 @@ def _dot_kernel(
             factor = tl.permute(_widened(factor, value.dtype), (0, 2, 1))
             if GROUP > 0:
                 group = tl.minimum((start + first) // GROUP, num_groups - 1)[:, None]
-                share = tl.load(scale + safe_output[None, :] * num_groups + group)
+                share = tl.load(scale + safe_output[None, :] * scale_stride + group * group_stride)
                 total += tl.dot(value, factor, input_precision=PRECISION) * share[:, None, :]
             else:
                 total = tl.dot(value, factor, total, input_precision=PRECISION)
@@ -217,7 +223,7 @@ def _dot_kernel(
             factor = tl.trans(_widened(factor, value.dtype))
             if GROUP > 0:
                 group = tl.minimum((part * span + first) // GROUP, num_groups - 1)
-                share = tl.load(scale + safe_output * num_groups + group)
+                share = tl.load(scale + safe_output * scale_stride + group * group_stride)
                 result += tl.dot(value, factor, input_precision=PRECISION) * share[None, :]
             else:
                 result = tl.dot(value, factor, result, input_precision=PRECISION)
@@ -238,7 +244,7 @@ def _dot_kernel(
                 result += tl.load(piece, inside, 0.0, cache_modifier=".cg")
     if is_last:
         if HAS_SCALE and GROUP == 0:
-            result *= tl.load(scale + safe_output)[None, :]
+            result *= tl.load(scale + safe_output * scale_stride)[None, :]
         if HAS_BIAS:
             result += tl.load(bias + output, output < num_outputs, 0.0).to(tl.float32)[None, :]
         target = out + row.to(tl.int64)[:, None] * num_outputs + output[None, :]
@@ -306,6 +312,7 @@ def _multiply_row(
         num_outputs,
         num_inputs,
         num_groups,
+        *_strides(scale),
         BN=plan.bn,
         BK=plan.bk,
         UNROLL=plan.unroll,
@@ -356,6 +363,7 @@ def _multiply_rows(
         num_outputs,
         num_inputs,
         num_groups,
+        *_strides(scale),
         x.stride(0),
         span,
         parts,
@@ -374,3 +382,7 @@ def _multiply_rows(
         num_stages=plan.num_stages,
         launch_pdl=dependent,
     )
+
+
+def _strides(scale: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if scale is None else (scale.stride(0), scale.stride(1))

@@ -70,6 +70,19 @@ def test_whole_numbers_are_summed_exactly(plan, m, n, k):
     torch.testing.assert_close(got, TorchOps(DEVICE).int8_linear(x, weight, share, bias))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("m", [1, 2, 16, 100])
+def test_the_backend_multiplies_float8_weights_of_any_groups(m, groups):
+    x, bias = random(m, 512, dtype=torch.bfloat16), random(256, seed=1, dtype=torch.bfloat16)
+    weight, shares = random(256, 512, seed=2).to(FLOAT8), random(256, groups, seed=3).abs() + 0.1
+    got = TritonOps(DEVICE).scaled_linear(x, weight, shares, bias)
+    wide = weight.double() * shares.double().repeat_interleave(512 // groups, 1)
+    want = x.double() @ wide.T + bias.double()
+    assert (got.double() - want).norm() / want.norm() < 0.04
+
+
 def test_the_backend_multiplies_whole_numbers_of_strided_rows():
     x, share = random(40, 3).T, random(20, 1, seed=1).abs()
     weight = torch.ones((20, 40), dtype=torch.int8, device=DEVICE)

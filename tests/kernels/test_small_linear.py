@@ -71,8 +71,9 @@ def test_a_float8_weight_is_multiplied_by_its_scales(plan, groups):
     weight = random(n, k, seed=1).to(torch.float8_e4m3fn)
     scale = random(n, groups, seed=3).abs() + 0.1
     wide = weight.float() * scale.repeat_interleave(k if groups == 1 else 128, 1)[:, :k]
-    out = linear(x, weight, bias, scratch, scale=scale, plan=plan)
-    assert_is_product(out, x, wide, bias)
+    for given in (scale, scale.T.contiguous().T):
+        out = linear(x, weight, bias, scratch, scale=given, plan=plan)
+        assert_is_product(out, x, wide, bias)
 
 
 def test_many_rows_take_several_programs():

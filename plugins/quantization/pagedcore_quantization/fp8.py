@@ -76,7 +76,8 @@ class Fp8Linear:
     def __init__(self, ops: Ops, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self._ops = ops
         self._weight = weight
-        self._scale = scale
+        # a group's scales lie together: so they are read, and multiplied with by libraries
+        self._scale = scale if scale.is_meta else scale.t().contiguous().t()
         self._bias = bias
 
     def apply(self, x: Activations) -> Tensor:
