@@ -79,7 +79,8 @@ def choose_decode(
 @triton.jit
 def sink_weight(sinks, peak, head, exists):
     """What a score without a value adds to the sum of weights at the scale 2 ** -peak."""
-    return tl.exp2(tl.load(sinks + head, exists, -float("inf")) * 1.4426950408889634 - peak)
+    score = tl.load(sinks + head, exists, -1e30) * 1.4426950408889634
+    return tl.exp2(tl.minimum(score - peak, 126.0))  # finite where nothing else is seen
 
 
 @triton.jit

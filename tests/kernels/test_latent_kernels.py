@@ -18,8 +18,8 @@ from pagedcore_kernels.latent_extend import choose_latent_extend, latent_extend
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 SCALE = 0.2
-SINGLE = [(1, 1), (1, 16), (1, 17), (1, 130)]
-LONGER = [(5, 5), (2, 40), (33, 50)]
+SINGLE = [(1, 1), (1, 17), (1, 130)]
+LONGER = [(5, 5), (2, 40), (17, 30)]
 
 
 @dataclass
@@ -86,7 +86,7 @@ def test_all_heads_see_the_same_vectors(num_heads, device):
 
 @pytest.mark.parametrize(("num_values", "turned"), [(24, 8), (512, 64)])
 def test_vectors_of_any_size_fit(num_values, turned, device):
-    lengths = [(1, 1), (1, 70), (20, 36)]
+    lengths = [(1, 1), (1, 40), (3, 20)]
     step = make_latent_step(
         lengths, num_values=num_values, turned=turned, dtype=torch.float16, device=device
     )
@@ -106,7 +106,7 @@ def test_padding_gives_zeros_and_disturbs_nobody(device):
 
 
 def test_one_long_sequence_beside_many_short_ones_is_cut_and_merged(device):
-    assert_right(make_latent_step([(1, 700)] + [(1, n) for n in range(1, 12)], device=device))
+    assert_right(make_latent_step([(1, 500)] + [(1, n) for n in range(1, 9)], device=device))
 
 
 def test_vectors_may_be_kept_in_eight_bits(device):

@@ -13,6 +13,7 @@ from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kernel_bench import Check
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels.backend import TritonOps
+from pagedcore_kernels.bench.latent_checks import check_latent, check_sinks
 from pagedcore_kernels.bench.steps import PagedStep, make_step
 from pagedcore_kernels.fallback import PlainOps
 
@@ -45,6 +46,8 @@ def check_kernels(device: str, *, small: bool = False) -> Iterator[Check]:
         yield from _check_rows(device, dtype, small)
         yield from _check_cache(device, dtype)
         yield _check_moe(device, dtype, small)
+        yield from check_latent(device, dtype, LIMITS[dtype], small=small)
+        yield from check_sinks(device, dtype, LIMITS[dtype], small=small)
 
 
 def _check_attention(device: str, dtype: torch.dtype, small: bool) -> Iterator[Check]:
