@@ -157,7 +157,8 @@ def test_litserves_response_buffer_is_never_used(in_process, write_model, tmp_pa
             pass
         for _ in range(100):
             body = {"prompt": "abc", "max_tokens": 2, "n": 3}
-            assert client.post("/v1/completions", json=body).status_code == 200
+            answer = client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
             assert not server.response_buffer
         folder = Path(server.lit_api.spec.plan.folder)
     assert list(folder.glob("engine-*")) == []
