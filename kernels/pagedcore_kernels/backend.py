@@ -262,6 +262,8 @@ def _size_of(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a program can have on one."""
     if triton.knobs.runtime.interpret and device.type == "cpu":
         return 4, 1 << 17
+    if device.type == "meta":  # shapes alone, to plan for a GPU that is elsewhere
+        return 132, 227 << 10
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ConfigError(
             f"the backend 'triton' needs an NVIDIA GPU, and the device is {str(device)!r}: "

@@ -1,4 +1,4 @@
-"""The `pagedcore` command: serve, generate, chat, bench, plugins.
+"""The `pagedcore` command: serve, generate, chat, plan, bench, plugins, doctor.
 
 Commands are imported when they are called, and torch when a model is loaded, so that asking for
 help takes no time.
@@ -30,6 +30,9 @@ app = App(
 app.command("pagedcore.cli.serve:serve", name="serve", help="Serve a model over HTTP.")
 app.command("pagedcore.cli.generate:generate", name="generate", help="Complete one prompt.")
 app.command("pagedcore.cli.chat:chat", name="chat", help="Talk to a model.")
+app.command(
+    "pagedcore.cli.plan:plan", name="plan", help="Tell what a model would take of a device."
+)
 app.command("pagedcore.cli.bench:app", name="bench", help="Measure speed.")
 app.command("pagedcore.cli.plugins:app", name="plugins", help="Look at what is installed.")
 

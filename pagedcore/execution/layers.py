@@ -67,6 +67,7 @@ class Linear:
         dim: int | None,
     ) -> None:
         """`names` are those of the parts, without `.weight`, and `out_features` their outputs."""
+        self.in_features, self.out_features = in_features, sum(out_features)
         self._method = build.quantizer.linear(
             build.weights, build.ops, names, in_features, out_features, bias=bias, dim=dim
         )

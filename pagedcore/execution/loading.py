@@ -53,12 +53,12 @@ def build_executor(
     is_headless = isinstance(checkpoint, Checkpoint) and headless.complete(checkpoint)
     model_class = choose_model(config.model.model_impl, checkpoint.config, plugins)
     of_model = complete_config(checkpoint.config, model_class)
-    quantizer = _choose_quantizer(config, of_model, plugins)
+    quantizer = choose_quantizer(config, of_model, plugins)
     dtype = choose_dtype(config.model.dtype, checkpoint.dtype, device)
-    ops = _choose_backend(config, device, dtype, plugins)
+    ops = choose_backend(config, device, dtype, plugins)
     own_length = longest_context(of_model)
     asked = config.model.max_model_len
-    _check_asked_length(asked, own_length)
+    check_asked_length(asked, own_length)
     resolve = partial(
         config.resolve,
         usage=usage,
@@ -82,7 +82,7 @@ def build_executor(
     pooling = pooling_of(meta, of_model, folder)
     if not group_layers(meta.cache_specs):  # it sees prompts whole
         own_length = longest_prompt(meta, own_length)
-        _check_asked_length(asked, own_length)
+        check_asked_length(asked, own_length)
         config = resolve(
             max_model_len=own_length if asked in (None, -1) else asked, chunks_prompts=False
         )
@@ -173,14 +173,15 @@ def _stretch(config: Mapping[str, Any]) -> float:
     return max(1.0, float(factor))
 
 
-def _check_asked_length(asked: int | None, own: int) -> None:
+def check_asked_length(asked: int | None, own: int) -> None:
+    """Raise ConfigError for a max_model_len above the model's own."""
     if asked is not None and asked > own:
         raise ConfigError(
             f"max_model_len={asked} is more than the model's own {own}: lower it, or use -1"
         )
 
 
-def _choose_backend(
+def choose_backend(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, plugins: pluggy.PluginManager
 ) -> Ops:
     """The backend that was asked for, or the best that runs here."""
@@ -199,9 +200,10 @@ def _choose_backend(
     return ops
 
 
-def _choose_quantizer(
+def choose_quantizer(
     config: EngineConfig, of_model: Mapping[str, Any], plugins: pluggy.PluginManager
 ) -> Quantizer:
+    """The weight format that was asked for, or the checkpoint's own."""
     settings = of_model.get("quantization_config") or {}
     if not isinstance(settings, Mapping):
         raise ModelError("config.json: quantization_config must be an object")

@@ -100,7 +100,7 @@ def longest_that_fits(
         high = 2**31 - 1  # windows leave blocks behind, so that length may not matter
     while low < high:
         middle = (low + high + 1) // 2
-        if _blocks_for(groups, middle, block_size, max_num_batched_tokens) <= num_blocks - 1:
+        if blocks_for(groups, middle, block_size, max_num_batched_tokens) <= num_blocks - 1:
             low = middle
         else:
             high = middle - 1
@@ -127,7 +127,7 @@ def check_length(
     if asked == -1:
         wanted = min(own, longest)
     if wanted > longest or wanted < 1:
-        num_needed = _blocks_for(groups, max(wanted, 1), block_size, max_num_batched_tokens)
+        num_needed = blocks_for(groups, max(wanted, 1), block_size, max_num_batched_tokens)
         needed = num_needed * block_bytes
         there = max(num_blocks - 1, 0) * block_bytes
         raise ConfigError(
@@ -139,7 +139,7 @@ def check_length(
     return wanted
 
 
-def _blocks_for(
+def blocks_for(
     groups: Sequence[CacheGroup], length: int, block_size: int, max_num_batched_tokens: int
 ) -> int:
     """Blocks that one sequence of `length` tokens holds at most at a time, alone in the pool.

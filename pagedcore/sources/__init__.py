@@ -14,6 +14,6 @@ gguf_tokenizer.py  its vocabulary into tokenizer.json
 gguf_convert.py    all of it into a model folder
 """
 
-from pagedcore.sources.find import ALIASES, Source, builtin_sources, find_model
+from pagedcore.sources.find import ALIASES, Source, builtin_sources, find_config, find_model
 
-__all__ = ["ALIASES", "Source", "builtin_sources", "find_model"]
+__all__ = ["ALIASES", "Source", "builtin_sources", "find_config", "find_model"]

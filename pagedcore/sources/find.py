@@ -32,6 +32,14 @@ class PackingSource(Source, Protocol):
         """As `fetch`, for a name behind `packed:`; config.json has a quantization_config then."""
 
 
+@runtime_checkable
+class DescribingSource(Source, Protocol):
+    """A source that can tell what a model is without fetching its weights."""
+
+    def fetch_config(self, name: str, revision: str | None) -> Path:
+        """As `fetch`, of a folder that may hold config.json alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Alias:
     """A short name for a model, at one revision."""
@@ -87,6 +95,18 @@ def find_model(
     if not (folder / holding).is_file():
         raise _incomplete(given, folder, holding)
     return folder
+
+
+def find_config(
+    name: str, sources: Mapping[str, Callable[[], Source]], revision: str | None = None
+) -> Path:
+    """As `find_model`, of a folder that may hold config.json alone: for those that look only."""
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme in sources and not os.path.exists(os.path.expanduser(name)):
+        source = sources[scheme]()
+        if isinstance(source, DescribingSource):
+            return source.fetch_config(rest, revision)
+    return find_model(name, sources, revision=revision)
 
 
 def _local(

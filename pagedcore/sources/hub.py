@@ -6,7 +6,7 @@ is added here is which files are needed, and errors that say what to do.
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from pagedcore.errors import ConfigError, ModelError
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """What a model needs: configuration, weights, chat template, vocabulary. No code, no pickles."""
+CONFIG_FILES = ("config.json", "modules.json")
+"""What a model is, without its weights."""
 NOT_FILES = ("*/*", "consolidated*")
 """The same weights again, in folders or whole, for other programs."""
 
@@ -30,13 +32,20 @@ class HuggingFaceSource:
 
     def fetch(self, name: str, revision: str | None) -> Path:
         """Return the snapshot `org/name[@revision]` in the hub's cache, completing it first."""
+        return self._fetch(name, revision, FILES)
+
+    def fetch_config(self, name: str, revision: str | None) -> Path:
+        """As `fetch`, of what says how large the model is."""
+        return self._fetch(name, revision, CONFIG_FILES)
+
+    def _fetch(self, name: str, revision: str | None, files: Sequence[str]) -> Path:
         from huggingface_hub import errors, snapshot_download
 
         name, revision = split_revision("hf", name, revision)
         download = self._download or snapshot_download
         asked = f"hf:{name}" + (f"@{revision}" if revision else "")
         try:
-            return Path(download(name, **_selection(revision)))
+            return Path(download(name, **_selection(revision, files)))
         except errors.GatedRepoError as error:
             raise ModelError(
                 f"{asked} is shared with those who accept its terms: accept them on its page, and "
@@ -65,14 +74,21 @@ class ModelScopeSource:
 
     def fetch(self, name: str, revision: str | None) -> Path:
         """Return the snapshot `org/name[@revision]` in the hub's cache, completing it first."""
+        return self._fetch(name, revision, FILES)
+
+    def fetch_config(self, name: str, revision: str | None) -> Path:
+        """As `fetch`, of what says how large the model is."""
+        return self._fetch(name, revision, CONFIG_FILES)
+
+    def _fetch(self, name: str, revision: str | None, files: Sequence[str]) -> Path:
         name, revision = split_revision("modelscope", name, revision)
         download = self._download or _modelscope_download()
         asked = f"modelscope:{name}" + (f"@{revision}" if revision else "")
         try:
-            return Path(download(name, **_selection(revision)))
+            return Path(download(name, **_selection(revision, files)))
         except ConnectionError as error:
             try:
-                folder = Path(download(name, **_selection(revision), local_files_only=True))
+                folder = Path(download(name, **_selection(revision, files), local_files_only=True))
             except Exception:  # whatever it says of its cache, the network is what is missing
                 raise _offline(asked) from error
             logger.warning("modelscope cannot be asked whether %s is current", asked)
@@ -85,11 +101,11 @@ class ModelScopeSource:
             raise _failed(asked, error) from error
 
 
-def _selection(revision: str | None) -> dict[str, Any]:
+def _selection(revision: str | None, files: Sequence[str]) -> dict[str, Any]:
     """Both libraries take the same arguments."""
     return {
         "revision": revision,
-        "allow_patterns": list(FILES),
+        "allow_patterns": list(files),
         "ignore_patterns": list(NOT_FILES),
     }
 
