@@ -53,8 +53,8 @@ def clamped_mul(gate_up: Tensor, clamp: Clamp) -> Tensor:
     """The activation of gate_up [n, 2F], the gate first: [n, F]; see `Clamp`."""
     gate, up = gate_up.float().chunk(2, -1)
     gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
-    glu: Tensor = (up + 1) * gate * (gate * clamp.alpha).sigmoid()
-    return glu.to(gate_up.dtype)
+    out: Tensor = ((up + 1) * gate * (gate * clamp.alpha).sigmoid()).to(gate_up.dtype)
+    return out
 
 
 def _only_best_groups(ranked: Tensor, routing: Routing) -> Tensor:

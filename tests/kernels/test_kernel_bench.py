@@ -19,6 +19,7 @@ def test_every_check_passes_and_there_is_one_for_each_kernel(device):
     assert [check.name for check in checks if not check.passed] == []
     kernels = {check.name.split()[0] for check in checks}
     rows = {"rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "cap_scores"}
+    rows |= {"latent_attention", "latent_to_cache"}
     assert kernels == rows | {"attention", "rope_and_cache", "copy_blocks", "moe"}
 
 
