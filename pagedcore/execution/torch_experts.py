@@ -59,7 +59,7 @@ def clamped_mul(gate_up: Tensor, clamp: Clamp) -> Tensor:
 
 def _only_best_groups(ranked: Tensor, routing: Routing) -> Tensor:
     """Scores [T, E], with -inf for experts outside of each token's best groups."""
-    groups = ranked.unflatten(-1, (routing.num_groups, -1))
+    groups: Tensor = ranked.unflatten(-1, (routing.num_groups, -1))
     totals = groups.topk(routing.group_terms, -1).values.sum(-1)
     best = totals.topk(routing.num_groups_chosen, -1).indices
     is_out = torch.ones_like(totals, dtype=torch.bool).scatter_(-1, best, False)
