@@ -32,6 +32,8 @@ IMPORT_SECONDS = time.perf_counter() - IMPORT_STARTED
 PEER = {  # vLLM 0.26.0 on one H200, tokens per second (prefill: of the prompts)
     "qwen3-0.6b": dict(nano=23951, b1=564, b32=11951, b256=44788, prefill=343215, burst=23418),
     "llama-3.1-8b": dict(nano=10115, b1=201.3, b32=5403, b256=17798, prefill=40685, burst=18728),
+    "llama-3.1-8b-w4": {},
+    "llama-3.1-8b-fp8-block": {},
     "llama-3.1-8b-fp8": dict(nano=12547, b1=285.6, b32=6691, b256=23742, prefill=62594),
     "qwen3-30b-a3b": dict(nano=5962, b1=238.5, b32=1540, b256=10885, prefill=63886),
     "gemma-2-9b": {},  # not measured yet

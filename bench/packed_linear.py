@@ -30,9 +30,13 @@ from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
 from pagedcore_kernels.packed_codes import E2M1
 from pagedcore_kernels.packed_layout import Packed, pack
-from pagedcore_kernels.packed_plans import PackedPlan
-from pagedcore_kernels.small_linear import Scratch, linear
-from pagedcore_kernels.small_linear_plans import RowPlan
+from pagedcore_kernels.packed_plans import (
+    PackedPlan,
+    best_quarter,
+    candidate_plans,
+    choose_plan,
+)
+from pagedcore_kernels.small_linear import Scratch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {
@@ -41,8 +45,7 @@ SHAPES = {
     "gate_up": (28672, 4096),
     "down": (4096, 14336),
 }
-ROWS = [1, 8, 16, 32, 64, 128, 256, 512]
-QUARTERS = (32, 64)
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 NF4 = tuple(i / 8 - 1 for i in range(16))
 """Sixteen numbers; which ones makes no difference to the time."""
 
@@ -82,37 +85,13 @@ def copies_of(weight: Packed) -> list[Packed]:
     ]
 
 
-def plans_for(m: int, k: int, quarter: int) -> list[PackedPlan]:
-    """Plans worth a try for so many rows, with blocks of 4 * quarter inputs."""
-    blocks = -(-k // (4 * quarter))
-    if m <= 16:
-        cuts = [(32, 4, 1, 4, 6), (32, 4, 2, 4, 5), (32, 8, 1, 8, 5), (32, 8, 2, 8, 4)]
-        cuts += [(64, 4, 1, 4, 4), (64, 4, 2, 4, 4), (64, 4, 4, 4, 4), (64, 8, 1, 8, 3)]
-        cuts += [(16, 8, 1, 8, 5), (16, 4, 1, 4, 6), (16, 4, 2, 4, 5)]
-        cuts += [(128, 1, 2, 4, 6), (128, 1, 4, 4, 5), (128, 1, 8, 4, 4), (64, 1, 8, 4, 5)]
-        once = [(16, 8), (32, 8), (32, 16), (64, 16)]  # all blocks at once
-        for slices in (16, 32):
-            if blocks % slices == 0:
-                cuts += [(bn, slices, blocks // slices, warps, 2) for bn, warps in once]
-            elif blocks > slices:
-                cuts += [(bn, slices, 4, warps, 2) for bn, warps in once]
-        if blocks % 7 == 0:
-            cuts += [(16, blocks // 7, 1, 8, 4), (32, blocks // 7, 1, 8, 4)]
-    elif m <= 64:
-        cuts = [(128, 1, parts, 4, stages) for parts in (1, 2, 4, 8) for stages in (3, 4)]
-        cuts += [(64, 1, parts, 4, 4) for parts in (1, 2, 4)]
-        cuts += [(128, 1, parts, 8, 4) for parts in (1, 2, 4)]
-        cuts += [(64, 2, parts, 4, 4) for parts in (1, 2, 4)]
-    else:
-        cuts = [(128, 1, parts, 8, 3) for parts in (1, 2)] + [(128, 1, 1, 8, 4)]
-        cuts += [(256, 1, 1, 8, 3), (256, 1, 1, 16, 3)]
-    return [
-        PackedPlan(*cut, prefetch, early)
-        for cut in cuts
-        for prefetch, early in ((8, True), (0, False), (8, False))
-        if cut[1] < 16 or prefetch == 0 or early
-        if m <= 64 or prefetch == 0
-    ]
+def plans_for(m: int, n: int, k: int, *, search: bool) -> list[PackedPlan]:
+    """The plan for so many rows, and two that are near; or all that are worth a try."""
+    quarter = best_quarter(n)
+    if search:
+        return [plan for plan in candidate_plans(m, n, k, quarter) if plan is not None]
+    plan = choose_plan(m, n, k, quarter) or choose_plan(128, n, k, quarter)
+    return [plan, replace(plan, early=not plan.early), replace(plan, parts=plan.parts * 2)]
 
 
 def relative_error(got, want) -> float:
@@ -129,14 +108,12 @@ def checked(name: str, call: Callable[[], torch.Tensor], want: torch.Tensor, lim
     return error <= limit
 
 
-def compile_one(
-    m: int, n: int, k: int, kind: str, quarter: int | None, plan: PackedPlan, dtype: torch.dtype
-) -> None:
+def compile_one(m: int, n: int, k: int, kind: str, plan: PackedPlan, dtype: torch.dtype) -> None:
     """In a process of its own: leaves the kernel in triton's cache on disk."""
     x = torch.zeros(m, k, device=DEVICE, dtype=dtype)
     scratch = Scratch(torch.device(DEVICE))
     try:
-        weight = pack(grouped(n, k, **FORMATS[kind]), quarter)
+        weight = pack(grouped(n, k, **FORMATS[kind]))
         packed_linear.linear(x, weight, None, scratch, plan=plan, dependent=True)
     except Exception as error:
         print("does not compile:", m, plan, type(error).__name__, str(error)[:200], flush=True)
@@ -165,35 +142,37 @@ class Bench:
         wide = (torch.randn(n, k, device=DEVICE) * 0.02).to(dtype)
         self.wide = [wide.clone() for _ in range(num_rotations(wide.nbytes, 64))]
         weight = grouped(n, k, **FORMATS["4 bits"])
-        self.packed = {quarter: copies_of(pack(weight, quarter)) for quarter in QUARTERS}
-        packed = self.packed[32][0]
+        packed = pack(weight)
+        assert packed is not None
+        self.packed = copies_of(packed)
         self.exact = widen_grouped(weight, torch.float32).double()
         self.is_right = checked(
             f"{name} widened", partial(packed_widen.widen, packed, 0, n, dtype), self.exact
         )
 
-    def times(self, m: int, plans: list[tuple[int, PackedPlan]]) -> dict:
+    def times(self, m: int, plans: list[PackedPlan]) -> dict:
         x = torch.randn(m, self.k, device=DEVICE).to(self.dtype)
         want = x.double() @ self.exact.T
         figure = dict(name=self.name, m=m, n=self.n, k=self.k)
         calls = [partial(self.ops.linear, x, w) for w in self.wide]
         figure["16 bits"] = time_calls(calls, budget_s=0.05).median
         tried = []
-        for quarter, plan in plans:
-            passed = self._try(x, want, quarter, plan)
+        for plan in plans:
+            passed = self._try(x, want, plan)
             if passed:
-                tried.append((passed, quarter, repr(plan)))
+                tried.append((passed, repr(plan)))
+        figure["chosen"] = tried[0][0] if tried else None
         figure["tried"] = sorted(tried)
         if m >= 64:
-            calls = [partial(packed_widen.multiply_widened, x, w) for w in self.packed[32]]
+            calls = [partial(packed_widen.multiply_widened, x, w) for w in self.packed]
             self.is_right &= checked(f"{self.name} {m} by way of 16 bits", calls[0], want)
             figure["widened"] = time_calls(calls[:8], budget_s=0.05).median
-        figure["bytes"] = self.packed[32][0].num_bytes
+        figure["bytes"] = self.packed[0].num_bytes
         return figure
 
-    def _try(self, x, want, quarter: int, plan: PackedPlan) -> float | None:
+    def _try(self, x, want, plan: PackedPlan) -> float | None:
         same = dict(bias=None, scratch=self.scratch, plan=plan, dependent=self.dependent)
-        calls = [partial(packed_linear.linear, x, w, **same) for w in self.packed[quarter]]
+        calls = [partial(packed_linear.linear, x, w, **same) for w in self.packed]
         try:
             self.is_right &= checked(f"{self.name} {len(x)} {plan}", calls[0], want)
             return time_calls(calls, budget_s=0.02).median
@@ -202,18 +181,24 @@ class Bench:
             return None
 
 
+def by_default(figure: dict) -> float:
+    """The time of what the backend chooses."""
+    has_plan = choose_plan(figure["m"], figure["n"], figure["k"]) is not None
+    return figure["chosen"] if has_plan else figure["widened"]
+
+
 def show(figure: dict) -> None:
-    best, *_ = figure["tried"][0]
+    best = figure["chosen"]
     text = f"{figure['name']:8} m {figure['m']:4}: 16 bits {figure['16 bits']:7.1f} us, "
     text += f"4 bits {best:7.1f} ({figure['bytes'] / best / 1e6:4.2f} TB/s, "
     text += f"{figure['16 bits'] / best:4.2f}x)"
     text += f", widened {figure['widened']:.1f}" if "widened" in figure else ""
     print(text, flush=True)
-    for passed, quarter, plan in figure["tried"][:6]:
+    for passed, plan in figure["tried"][:3]:
         names = ("bn=", "slices=", "parts=", "num_warps=", "num_stages=", "prefetch=", "early=")
         for name in names:
             plan = plan.replace(name, "")
-        print(f"        {passed:7.1f} {quarter} {plan[11:-1]}")
+        print(f"        {passed:7.1f} {plan[11:-1]}")
 
 
 def bench_formats(n: int, k: int, plans: dict[int, list[PackedPlan]], dtype, dependent) -> tuple:
@@ -260,25 +245,19 @@ def bench_fp8(name: str, n: int, k: int, rows: list[int]) -> tuple[list[dict], b
         figure = dict(name=name, m=m, n=n, k=k)
         calls = [partial(ops.scaled_linear, x, w, packed.scale) for w in weights]
         figure["channels"] = time_calls(calls, budget_s=0.03).median
-        if m <= 16:
+        columns = shares.t().contiguous().t()  # as a model's layer keeps them
+        calls = [partial(ops.scaled_linear, x, w, columns) for w in weights]
+        figure["groups"] = time_calls(calls, budget_s=0.03).median
+        if 1 < m <= 16:
             calls = [partial(by_rows, ops, x, w, packed.scale) for w in weights]
             figure["channels, library"] = time_calls(calls, budget_s=0.03).median
-            wide = packed.scale.expand_as(shares)
-            calls = [partial(by_blocks, x, w, wide, scratch) for w in weights]
-            figure["channels, our own"] = time_calls(calls, budget_s=0.03).median
         want = x.double() @ exact.T
         options = {}
         if m <= 128:
             options["blocks"] = partial(by_blocks, scratch=scratch)
-        if m == 1:
-            options["blocks, row"] = partial(by_groups, scratch=scratch, plan=RowPlan(4, 2048, 4))
-            options["blocks, row of 1024"] = partial(
-                by_groups, scratch=scratch, plan=RowPlan(4, 1024, 2)
-            )
         options["library"] = by_library
         for kind, multiply in options.items():
-            given = shares if kind.startswith("blocks, row") else shares.t().contiguous().t()
-            calls = [partial(multiply, x, w, given) for w in weights]
+            calls = [partial(multiply, x, w, columns) for w in weights]
             try:
                 right &= checked(f"{name} {m} {kind}", calls[0], want, limit=0.05)
                 figure[kind] = time_calls(calls, budget_s=0.03).median
@@ -295,10 +274,6 @@ def by_blocks(x, weight, shares, scratch):
     return block_fp8.block_linear(
         values, scale, weight, shares, None, x.dtype, scratch, dependent=True
     )
-
-
-def by_groups(x, weight, shares, scratch, plan):
-    return linear(x, weight, scratch=scratch, scale=shares, plan=plan, dependent=True)
 
 
 def by_rows(ops, x, weight, scale):
@@ -321,6 +296,7 @@ def by_library(x, weight, shares):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any device")
+    parser.add_argument("--search", action="store_true", help="try every plan; takes minutes")
     parser.add_argument("--only", nargs="+", choices=["plans", "formats", "fp8"])
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--out", help="where to write the result file")
@@ -335,20 +311,20 @@ def main() -> int:
     middle = {1: tiny, 9: tiny}
     works = set()
     if not args.dry_run:
-        once = [PackedPlan(32, 4, 1, 4, 5), PackedPlan(32, 4, 1, 4, 5, 0, False)]
-        once += [PackedPlan(32, 32, 1, 8, 2)]
-        middle = {1: once, 16: [*once, PackedPlan(128, 1, 2, 4, 4, 0, False)]}
+        middle = {
+            1: [PackedPlan(128, 1, 4, 4, 5), PackedPlan(32, 4, 1, 4, 4)],
+            16: [PackedPlan(128, 1, 2, 4, 4, 0, True), PackedPlan(128, 1, 4, 4, 4)],
+        }
         if "plans" in wanted:
             works |= {
-                (compiled_rows(m), 4096, k, "4 bits", quarter, plan, dtype)
-                for k in (4096, 14336)
+                (compiled_rows(m), n, k, "4 bits", plan, dtype)
+                for n, k in shapes.values()
                 for m in rows
-                for quarter in QUARTERS
-                for plan in plans_for(m, k, quarter)
+                for plan in plans_for(m, n, k, search=args.search)
             }
         if "formats" in wanted:
             works |= {
-                (m, 4096, 4096, kind, None, plan, some)
+                (m, *SHAPES["gate_up"], kind, plan, some)
                 for kind in FORMATS
                 for some in (dtype, torch.float16)
                 for m, plans in middle.items()
@@ -362,17 +338,19 @@ def main() -> int:
         for name, (n, k) in shapes.items():
             bench = Bench(name, n, k, dtype, dependent)
             for m in rows:
-                plans = [(q, plan) for q in QUARTERS for plan in plans_for(m, k, q)]
-                if args.dry_run:
-                    plans = [(q, plan) for q in QUARTERS for plan in tiny]
+                plans = tiny if args.dry_run else plans_for(m, n, k, search=args.search)
                 figures.append(bench.times(m, plans))
                 show(figures[-1])
             right &= bench.is_right
             del bench
         for m in rows:
             wide = sum(f["16 bits"] for f in figures if f["m"] == m)
+            ours = sum(by_default(f) for f in figures if f["m"] == m)
             best = sum(f["tried"][0][0] for f in figures if f["m"] == m)
-            print(f"layer, m {m:4}: 16 bits {wide:7.1f} us, 4 bits {best:7.1f}, {wide / best:.2f}x")
+            print(
+                f"layer, m {m:4}: 16 bits {wide:7.1f} us, 4 bits {ours:7.1f}, {wide / ours:.2f}x; "
+                f"best packed {best:.1f}"
+            )
     if "formats" in wanted:
         n, k = (48, 256) if args.dry_run else SHAPES["gate_up"]
         result["formats"], good = bench_formats(n, k, middle, dtype, dependent)

@@ -100,7 +100,7 @@ def _for_few_outputs(m: int, n: int, k: int) -> PackedPlan:
         if k > 8192:
             return PackedPlan(128, 1, _parts(n, 128, 264), 4, 3)
         return PackedPlan(64, 1, _parts(n, 64, 264 if m <= 32 else 132), 4, 4)
-    return PackedPlan(128, 1, _parts(n, 128, 132), 8, 3, 8, early=True)
+    return PackedPlan(128, 1, _parts(n, 128, 132 if m <= 128 else 66), 8, 3, 8, early=True)
 
 
 def _for_many_outputs(m: int) -> PackedPlan:
