@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 BEAT_S = 0.5
 """Seconds between two pings."""
 
-MAX_SILENT_BEATS = 6
+MAX_SILENT_BEATS = 8
 """Beats without any answer after which an engine counts as dead. Beats are counted, not seconds:
 a front end that was held up itself must not blame the engine."""
 
