@@ -64,8 +64,8 @@ def save_tiny_model(
     if getattr(model, "generation_config", None) is not None:  # an encoder has none
         model.generation_config.eos_token_id = None  # `greedy_tokens` goes on after an end
         model.generation_config.pad_token_id = END
-    reference: PreTrainedModel = model.float()
-    return reference
+    whole: PreTrainedModel = model.float()
+    return whole
 
 
 def tiny_config(family: str | Mapping[str, Any], **fields: Any) -> "PreTrainedConfig":

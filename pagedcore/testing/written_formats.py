@@ -267,7 +267,7 @@ def _compressed(
 
 def _half_step(bits: int, symmetric: bool) -> float:
     """Half the distance of codes, and some for scales and zeros that were rounded."""
-    return (0.55 if symmetric else 1.15) / (2 ** (bits - 1) - 1)
+    return (0.55 if symmetric else 1.15) / float((1 << (bits - 1)) - 1)
 
 
 WRITTEN: Mapping[str, WrittenFormat] = {

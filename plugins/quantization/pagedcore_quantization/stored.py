@@ -142,7 +142,7 @@ def _take_any(
 ) -> Tensor:
     """Scales of one of some shapes, with two dimensions; the first is what an error expects."""
     stored = weights.stored_shape(name)
-    shape = stored if stored in shapes else shapes[0]
+    shape = shapes[0] if stored is None or stored not in shapes else stored
     share = dim if shape == shapes[0] and dim == 0 else None
     found = weights.take(name, shape, dtype=torch.float32, dim=share)
     return found if found.ndim == 2 else found.reshape(-1, 1)
