@@ -1,9 +1,10 @@
 """Where the value of each setting comes from, and why it is what it is."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from pagedcore.cli.flags import field_docs
 from pagedcore.config import EngineConfig, Usage
 from pagedcore.execution.planning import Plan
 from pagedcore.presets import PRESETS
@@ -45,7 +46,7 @@ REASONS: Mapping[str, str] = {
     "max_num_queued_tokens": "requests are counted, whatever their length",
     "enforce_eager": "graphs spare the host's time",
 }
-"""Why a default is what it is, for those that depend on nothing but config.json."""
+"""Why a default is what it is; where nothing is to be said, its declaration says what it does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,7 @@ def explain(
 ) -> list[Setting]:
     """Every setting that the plan depends on; `given` are those that were asked for."""
     preset = PRESETS[resolved.scheduler.preset]
+    docs = {n: d for each in fields(resolved) for n, d in _docs(getattr(resolved, each.name))}
     found = _found(plan, usage)
     settings = []
     for section in fields(EngineConfig):
@@ -75,7 +77,7 @@ def explain(
                 continue
             if name in _ELSEWHERE[plan.device] and not is_given:
                 continue
-            origin, why = "default", REASONS.get(name, "")
+            origin, why = "default", REASONS.get(name) or docs[name]
             if name in found:
                 value, origin, why = found[name]
             if name in preset.settings:
@@ -86,6 +88,10 @@ def explain(
                 origin, why = "given", ""
             settings.append(Setting(name=name, value=value, origin=origin, why=why))
     return settings
+
+
+def _docs(section: Any) -> Iterable[tuple[str, str]]:
+    return field_docs(type(section)).items()
 
 
 _ELSEWHERE = {

@@ -114,12 +114,12 @@ class Head:
             own = build.weights.take(f"{name}.weight", (vocab_size, h), dim=0)
             if weight is None or own.is_meta or not torch.equal(own, weight):
                 weight = own
-        self._weight = weight
+        self.weight = weight
         self._packed = weight if weight.is_meta else build.ops.pack_linear(weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [S, h] to scores [S, V]."""
-        return self._ops.scores(hidden, self._weight, self._packed)
+        return self._ops.scores(hidden, self.weight, self._packed)
 
 
 class RMSNorm:

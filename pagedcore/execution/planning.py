@@ -129,13 +129,13 @@ def plan_engine(
     PluginError or UnknownNameError for a start that fails whatever memory there is.
     """
     found = survey(config, folder, plugins, on_gpu=gpu is not None)
-    plan, resolved = _share_out(config, found, gpu, usage)
+    plan, resolved = share_out(config, found, gpu, usage)
     if not plan.fits:
         plan = replace(plan, remedies=_remedies(config, folder, plugins, found, plan, gpu, usage))
     return plan, resolved
 
 
-def _share_out(
+def share_out(
     config: EngineConfig, found: Survey, gpu: Gpu | None, usage: Usage
 ) -> tuple[Plan, EngineConfig]:
     """As `build_executor` does it."""
@@ -277,7 +277,7 @@ def _remedies(
             tried.append((f"--quantization {ON_LOAD} --max-model-len auto", both, small))
     remedies = []
     for change, changed, of_model in tried:
-        then, _ = _share_out(changed, of_model, gpu, usage)
+        then, _ = share_out(changed, of_model, gpu, usage)
         if then.fits:
             remedies.append(Remedy(change=change, result=_result(then)))
     if gpu is not None and config.cache.kv_cache_memory_bytes is None:

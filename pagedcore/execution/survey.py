@@ -8,7 +8,7 @@ safetensors lie beside it, they are believed over what config.json leaves open.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -25,13 +25,14 @@ from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.devices import choose_dtype
 from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.headless import complete
+from pagedcore.execution.layers import Head
 from pagedcore.execution.loading import (
     check_asked_length,
     choose_backend,
     choose_quantizer,
     longest_context,
 )
-from pagedcore.execution.model import Model, ModelBuild
+from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.model_choice import architecture, choose_model
 from pagedcore.execution.model_config import complete_config
 from pagedcore.execution.ops import Ops
@@ -126,7 +127,7 @@ def survey(
     if not groups:
         own_length = longest_prompt(model, own_length)
         check_asked_length(asked, own_length)
-    parts = list(_parts(model, skip=(ops, of_model, quantizer)))
+    parts = list(parts_of(model, skip=(ops, of_model, quantizer)))
     hidden_size = of_model.get("hidden_size", of_model.get("n_embd", 0))
     return Survey(
         architecture=architecture(checkpoint.config),
@@ -138,7 +139,8 @@ def survey(
         groups=groups,
         num_layers=len(model.cache_specs),
         vocab_size=model.vocab_size,
-        weight_bytes=storage_bytes([part for part in parts if isinstance(part, Tensor)]),
+        weight_bytes=storage_bytes(part for part in parts if isinstance(part, Tensor))
+        + (0 if on_gpu else _copied_bytes(parts, ops, dtype)),
         stored_bytes=checkpoint.num_bytes,
         hidden_size=hidden_size,
         widest_step=_widest(parts, hidden_size),
@@ -146,18 +148,28 @@ def survey(
     )
 
 
-def storage_bytes(tensors: list[Tensor]) -> int:
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of what tensors are stored in, each storage once."""
+    tensors = list(tensors)
     storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]
     opaque = {id(tensor): tensor for tensor in tensors if tensor.is_mkldnn}
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) + sum(
+    return sum({each._cdata: each.nbytes() for each in storages}.values()) + sum(
         tensor.numel() * tensor.dtype.itemsize for tensor in opaque.values()
     )
 
 
-def model_tensors(model: Model) -> list[Tensor]:
-    """Every tensor that a model holds on to, wherever in its parts; some may share memory."""
-    return [part for part in _parts(model, skip=()) if isinstance(part, Tensor)]
+def parts_of(root: object, *, skip: tuple[object, ...]) -> Iterator[object]:
+    """All objects that `root` holds on to, itself included, each once, in the order they lie."""
+    seen = {id(part) for part in skip}
+    waiting = [root]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen or part is None or isinstance(part, _LEAVES):
+            continue
+        seen.add(id(part))
+        yield part
+        if not isinstance(part, Tensor):
+            waiting += reversed(list(_held(part)))
 
 
 def _open(config: EngineConfig, folder: Path, notes: list[str]) -> Checkpoint | RandomCheckpoint:
@@ -189,20 +201,6 @@ def _backend(
     return ops
 
 
-def _parts(root: object, *, skip: tuple[object, ...]) -> Iterator[object]:
-    """All objects that `root` holds on to, itself included, each once, in the order they lie."""
-    seen = {id(part) for part in skip}
-    waiting = [root]
-    while waiting:
-        part = waiting.pop()
-        if id(part) in seen or part is None or isinstance(part, _LEAVES):
-            continue
-        seen.add(id(part))
-        yield part
-        if not isinstance(part, Tensor):
-            waiting += reversed(list(_held(part)))
-
-
 def _held(part: Any) -> Iterator[object]:
     """What an object of any kind holds."""
     if isinstance(part, Mapping):
@@ -221,6 +219,14 @@ def _held(part: Any) -> Iterator[object]:
             names = vars(kind).get("__slots__", ())
             for name in (names,) if isinstance(names, str) else names:
                 yield getattr(part, name, None)
+
+
+def _copied_bytes(parts: Iterable[object], ops: Ops, dtype: torch.dtype) -> int:
+    """Bytes of heads that a backend of the CPU keeps twice: as they are, and packed."""
+    probe = torch.zeros(64, 64, dtype=dtype)
+    if ops.pack_linear(probe) is probe:
+        return 0
+    return storage_bytes(part.weight for part in parts if isinstance(part, Head))
 
 
 def _widest(parts: list[object], hidden_size: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import errors, snapshot_download
 
 from pagedcore.errors import ConfigError, ModelError
-from pagedcore.sources import find_model
+from pagedcore.sources import find_config, find_model
 from pagedcore.sources.hub import HuggingFaceSource, ModelScopeSource, split_revision
 
 COMMIT = "0123456789" * 4
@@ -106,6 +106,13 @@ def test_a_snapshot_has_what_a_model_needs_and_nothing_that_runs(source, hub):
     folder = find_model("hf:org/name", {"hf": lambda: source})
     assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == WANTED
     assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_to_plan_config_json_alone_is_fetched_and_later_the_rest(source, hub):
+    folder = find_config("hf:org/name", {"hf": lambda: source})
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert source.fetch("org/name", None) == folder
+    assert {path.name for path in folder.iterdir()} == WANTED
 
 
 def test_the_second_time_no_file_is_fetched(source, hub):
