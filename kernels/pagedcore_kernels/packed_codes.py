@@ -141,8 +141,8 @@ def _looked_up(dtype: str, table: tuple[float, ...]) -> str:
     for part in range(2):  # low bytes, then high ones
         picked = [half >> (8 * part) & 0xFF for half in halves]
         for four in range(4):
-            word = sum(byte << (8 * i) for i, byte in enumerate(picked[4 * four : 4 * four + 4]))
-            lines.append(f"mov.b32 t{4 * part + four}, 0x{word:08X};")
+            value = int.from_bytes(bytes(picked[4 * four : 4 * four + 4]), "little")
+            lines.append(f"mov.b32 t{4 * part + four}, 0x{value:08X};")
     for name, word in (("a", "$4"), ("b", "other")):
         if name == "b":
             lines.append("shr.b32 other, $4, 16;")

@@ -67,6 +67,14 @@ class Packed(Grouped):
         return 0 if self.numbers or self.minimum is not None else 2 ** (self.bits - 1)
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of a block for each output, with what belongs to its groups."""
+        block = 4 * self.quarter
+        groups = max(1, block // self.group)
+        words = 1 + (self.zero is not None) + (self.minimum is not None)
+        return block * self.bits // 8 + 4 * groups * words
+
+    @property
     def num_bytes(self) -> int:
         """What a product reads of it."""
         parts = (self.codes, self.scale, self.zero, self.minimum)

@@ -37,6 +37,9 @@ from pagedcore_kernels.packed_plans import (
 from pagedcore_kernels.packed_widen import format_of, multiply_widened
 from pagedcore_kernels.small_linear import Scratch
 
+MAX_WIDE_ROWS = 16
+"""In float32, which is multiplied without tensor cores."""
+
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
@@ -59,9 +62,13 @@ def linear(
     num_rows = len(x)
     if plan is None:
         plan = choose_plan(num_rows, *weight.shape, weight.quarter)
-    if plan is None:
+    if plan is not None:
+        of_rows = 4 * weight.quarter * x.itemsize
+        if weight.zero is not None:  # what the compiler copies
+            shared_memory -= 2 * plan.bn * weight.block_bytes
+        plan = fit(plan, num_rows, weight.block_bytes, of_rows, shared_memory)
+    if plan is None or (x.dtype == torch.float32 and num_rows > MAX_WIDE_ROWS):
         return multiply_widened(x, weight, bias)
-    plan = fit(plan, num_rows, weight.quarter, weight.bits, x.itemsize, shared_memory)
     out = torch.empty((num_rows, weight.num_outputs), dtype=x.dtype, device=x.device)
     if num_rows:
         _multiply(x, weight, bias, out, plan, scratch, dependent)

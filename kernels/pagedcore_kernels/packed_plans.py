@@ -69,26 +69,25 @@ def choose_plan(m: int, n: int, k: int, quarter: int = 32) -> PackedPlan | None:
 
 
 def fit(
-    plan: PackedPlan,
-    m: int,
-    quarter: int,
-    bits: int,
-    itemsize: int,
-    shared_memory: int = SHARED_MEMORY,
-) -> PackedPlan:
-    """The plan, with as few stages and slices as shared memory has room for.
+    plan: PackedPlan, m: int, of_weight: int, of_rows: int, shared_memory: int = SHARED_MEMORY
+) -> PackedPlan | None:
+    """The plan, with as many stages and slices as shared memory has room for; None for not one.
 
-    A stage holds words of `bits`, and x with numbers of `itemsize` bytes.
+    A block has `of_weight` bytes for each output, and `of_rows` for each of the m rows.
     """
-    of_words, of_rows = quarter * bits // 2, 4 * quarter * rows_per_program(m) * itemsize
+    bm = rows_per_program(m)
     while True:
-        stage = plan.slices * (plan.bn * (of_words + 20) + of_rows)
-        if plan.num_stages * stage <= shared_memory or (plan.num_stages, plan.slices) == (2, 1):
+        behind = plan.num_stages - 1  # stages that are under way while one is multiplied
+        is_read_there = plan.slices == 1 and bm >= 16 and plan.bn >= 64 and plan.num_warps >= 4
+        buffers = behind * plan.bn * of_weight + (behind + is_read_there) * bm * of_rows
+        if plan.slices * buffers <= shared_memory:
             return plan
         if plan.num_stages > 2:
             plan = replace(plan, num_stages=plan.num_stages - 1)
-        else:
+        elif plan.slices > 1:
             plan = replace(plan, slices=plan.slices // 2)
+        else:
+            return None
 
 
 def _for_few_outputs(m: int, n: int, k: int) -> PackedPlan:

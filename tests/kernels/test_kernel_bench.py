@@ -8,6 +8,7 @@ from pagedcore.execution.kernel_bench import Check, Measured
 from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.checks import check_kernels
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
+from pagedcore_kernels.bench.packed_checks import FORMATS, check_packed
 from pagedcore_kernels.bench.packed_tuning import packed_cases, random_weight, tune_packed
 from pagedcore_kernels.bench.speed import AttentionCase
 from pagedcore_kernels.bench.suite import decode_cases, extend_cases
@@ -21,6 +22,12 @@ def test_every_check_passes_and_there_is_one_for_each_kernel(device):
     rows = {"rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "cap_scores"}
     rows |= {"latent_attention", "latent_to_cache"}
     assert kernels == rows | {"attention", "rope_and_cache", "copy_blocks", "moe"}
+
+
+def test_every_format_of_packed_weights_is_checked(device):
+    checks = list(check_packed(device, small=True))
+    assert [check.name for check in checks if not check.passed] == []
+    assert len(checks) == len(FORMATS)
 
 
 @pytest.mark.parametrize(("error", "passed"), [(0.1, True), (0.3, False), (float("nan"), False)])

@@ -1,7 +1,7 @@
 """Check the kernels against plain torch, time them, and search for their best settings.
 
 steps.py    random steps over a paged cache, with NaN wherever nobody may look
-checks.py   each kernel against torch in higher precision
+checks.py, packed_checks.py   each kernel against torch in higher precision
 clock.py    times, of work that does not find its data in the L2 cache
 speed.py    each kernel's rate, beside what the device can do
 tuning.py   the settings of both attention kernels, by shape

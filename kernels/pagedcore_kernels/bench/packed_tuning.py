@@ -87,11 +87,12 @@ def tune_packed(
         name = case_of(case.m, weight)
         rates: dict[PackedPlan | None, float] = {}
         for plan in candidate_plans(case.m, *weight.shape, weight.quarter):
-            if plan is None:
-                calls = [partial(multiply_widened, x, other) for other in weights]
-            else:
-                same = {"scratch": scratch, "plan": plan, "dependent": dependent}
-                calls = [partial(linear, x, other, None, **same) for other in weights]
+            multiply = (
+                multiply_widened
+                if plan is None
+                else partial(linear, scratch=scratch, plan=plan, dependent=dependent)
+            )
+            calls = [partial(multiply, x, other) for other in weights]
             try:
                 passed = time_calls(calls, budget_s=0.02)
             except TritonError:  # does not fit

@@ -9,6 +9,7 @@ from pagedcore.errors import ConfigError
 from pagedcore.execution.kernel_bench import Check, Figure, Trial, Unit
 from pagedcore_kernels.bench.checks import check_kernels
 from pagedcore_kernels.bench.clock import copy_bandwidth, product_rate
+from pagedcore_kernels.bench.packed_checks import check_packed
 from pagedcore_kernels.bench.packed_tuning import packed_cases, tune_packed
 from pagedcore_kernels.bench.speed import (
     BLOCK_SIZE,
@@ -90,7 +91,8 @@ class Suite:
 
     def checks(self) -> Iterator[Check]:
         """See `KernelBench.checks`."""
-        return check_kernels(self._device, small=self._small)
+        yield from check_kernels(self._device, small=self._small)
+        yield from check_packed(self._device, small=self._small)
 
     def figures(self) -> Iterator[Figure]:
         """See `KernelBench.figures`."""
