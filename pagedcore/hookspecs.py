@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pagedcore.execution.logits_processors import Factory
     from pagedcore.execution.ops import Ops
     from pagedcore.execution.quantizer import Quantizer
+    from pagedcore.execution.quantizing.writer import WeightWriter, WriterOptions
     from pagedcore.scheduling.policies import Policy
     from pagedcore.sources import Source
     from pagedcore.testing.model_case import ModelCase
@@ -76,6 +77,18 @@ def pagedcore_quantizer_cases() -> Mapping[str, "QuantizerCase"]:
     engine. A format without a case is only checked for how its factory is called.
 
     :returns: such as `{"int8": QuantizerCase(settings={}, max_error=0.01, max_bytes=1.1)}`.
+    """
+
+
+@hookspec
+def pagedcore_weight_writers() -> Mapping[str, Callable[["WriterOptions"], "WeightWriter"]]:
+    """Offer formats to write weights in, by the name that `pagedcore quantize --format` selects.
+
+    Asked once, by that command, never by an engine. A factory is called with what the command line
+    says of bits and groups, and raises ConfigError for what its format does not have. What it
+    writes, some plugin's quantizer must read.
+
+    :returns: such as `{"int8": Int8Writer}`.
     """
 
 

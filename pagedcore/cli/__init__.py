@@ -34,6 +34,9 @@ app.command(
     "pagedcore.cli.plan:plan", name="plan", help="Tell what a model would take of a device."
 )
 app.command("pagedcore.cli.bench:app", name="bench", help="Measure speed.")
+app.command(
+    "pagedcore.cli.quantize:quantize", name="quantize", help="Store a model's weights in few bits."
+)
 app.command("pagedcore.cli.plugins:app", name="plugins", help="Look at what is installed.")
 
 

@@ -8,6 +8,7 @@ bitsandbytes.py  NF4, FP4 and INT8, without that library
 mxfp4.py         experts of GPT-OSS in 4 bits, widened while loading
 gguf.py          blocks of GGUF files, kept as they are
 packed.py        what formats of few bits share: parts become a matrix, experts are widened
+writers.py       matrices in these formats, for `pagedcore quantize`
 int8.py          whole numbers on both sides of a product
 formats.py       the quantization_config that a checkpoint has
 modules.py       the layers that it names
@@ -21,6 +22,7 @@ from pagedcore import hookimpl
 
 if TYPE_CHECKING:
     from pagedcore.execution.quantizer import Quantizer
+    from pagedcore.execution.quantizing.writer import WeightWriter, WriterOptions
     from pagedcore.testing.quantizer_case import QuantizerCase
 
 pagedcore_requires = ">=1,<2"
@@ -47,6 +49,18 @@ def pagedcore_quantizer_cases() -> Mapping[str, "QuantizerCase"]:
     from pagedcore_quantization.cases import CASES
 
     return CASES
+
+
+@hookimpl
+def pagedcore_weight_writers() -> Mapping[str, Callable[["WriterOptions"], "WeightWriter"]]:
+    """See `pagedcore.hookspecs`."""
+    return {
+        "awq": _write_awq,
+        "fp8": _write_fp8,
+        "fp8-block": _write_fp8_block,
+        "gptq": _write_gptq,
+        "int8": _write_int8,
+    }
 
 
 def _fp8(settings: Mapping[str, Any]) -> "Quantizer":
@@ -98,3 +112,33 @@ def _mxfp4(settings: Mapping[str, Any]) -> "Quantizer":
     from pagedcore_quantization.mxfp4 import Mxfp4
 
     return Mxfp4(settings)
+
+
+def _write_awq(options: "WriterOptions") -> "WeightWriter":
+    from pagedcore_quantization.writers import AwqWriter
+
+    return AwqWriter(options)
+
+
+def _write_fp8(options: "WriterOptions") -> "WeightWriter":
+    from pagedcore_quantization.writers import Fp8Writer
+
+    return Fp8Writer(options)
+
+
+def _write_fp8_block(options: "WriterOptions") -> "WeightWriter":
+    from pagedcore_quantization.writers import Fp8BlockWriter
+
+    return Fp8BlockWriter(options)
+
+
+def _write_gptq(options: "WriterOptions") -> "WeightWriter":
+    from pagedcore_quantization.writers import GptqWriter
+
+    return GptqWriter(options)
+
+
+def _write_int8(options: "WriterOptions") -> "WeightWriter":
+    from pagedcore_quantization.writers import Int8Writer
+
+    return Int8Writer(options)
