@@ -8,6 +8,7 @@ Everything that makes it fast comes from pagedcore: the paged cache, the kernels
 from torch import Tensor
 
 from pagedcore import hookimpl
+from pagedcore.execution.config_fields import ConfigFields
 from pagedcore.execution.layers import Attention, Embedding, GatedMLP, Head, RMSNorm
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.rope import make_rope
@@ -29,27 +30,31 @@ def pagedcore_model_cases():
 
 class ParallelForCausalLM:
     def __init__(self, build: ModelBuild) -> None:
-        config = build.config
-        h, heads = config["hidden_size"], config["num_attention_heads"]
-        head_dim, eps = h // heads, config["rms_norm_eps"]
+        fields = ConfigFields(build.config)  # which refuses what is missing or no number
+        h, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+        width, eps = fields.size("intermediate_size"), fields.number("rms_norm_eps")
+        kv_heads = fields.size("num_key_value_heads", heads)
+        if h % heads or heads % kv_heads or h // heads % 2:
+            raise fields.error("hidden_size", f"must fit {heads} heads and {kv_heads} kv heads")
+        head_dim = h // heads
         rope = make_rope(
-            config, head_dim=head_dim, max_positions=build.max_positions, device=build.device
+            build.config, head_dim=head_dim, max_positions=build.max_positions, device=build.device
         )
-        self.vocab_size = config["vocab_size"]
+        self.vocab_size = fields.size("vocab_size")
         self.embedding = Embedding(build, "embedding", self.vocab_size, h)
         self.layers = []
-        for i in range(config["num_hidden_layers"]):
+        for i in range(fields.num_layers()):
             norm = RMSNorm(build, f"layers.{i}.norm", h, eps)
             attention = Attention(
                 build,
                 f"layers.{i}.attention",
                 h,
                 num_heads=heads,
-                num_kv_heads=config["num_key_value_heads"],
+                num_kv_heads=kv_heads,
                 head_dim=head_dim,
                 rope=rope,
             )
-            mlp = GatedMLP(build, f"layers.{i}.mlp", h, config["intermediate_size"])
+            mlp = GatedMLP(build, f"layers.{i}.mlp", h, width)
             self.layers.append((norm, attention, mlp))
         self.norm = RMSNorm(build, "norm", h, eps)
         self.head = Head(build, "head", self.vocab_size, h)

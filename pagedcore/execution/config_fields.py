@@ -7,6 +7,7 @@ from typing import Any
 from pagedcore.errors import ModelError
 
 MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 2**16
 
 
 class ConfigFields:
@@ -22,12 +23,18 @@ class ConfigFields:
         self.values = values
         self._within = within
 
-    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def size(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_SIZE
+    ) -> int:
         """A whole number, such as a count or a width."""
         value = self._get(name, default)
-        if type(value) is not int or not least <= value <= MAX_SIZE:
-            raise self.error(name, f"must be a whole number from {least} to {MAX_SIZE}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.error(name, f"must be a whole number from {least} to {most}")
         return value
+
+    def num_layers(self, name: str = "num_hidden_layers") -> int:
+        """A number of layers: what is made for each is not made for as many as a lie says."""
+        return self.size(name, most=MAX_LAYERS)
 
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number."""

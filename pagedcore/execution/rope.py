@@ -26,6 +26,9 @@ TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "su")
 MAX_POSITIONS = 2**24
 """Beyond, float32 cannot tell one position from the next."""
 
+MAX_HEAD_DIM = 2**16
+"""Elements of a head: more is a lie, whose table would take all memory."""
+
 
 def make_rope(
     config: Mapping[str, Any],
@@ -47,6 +50,8 @@ def make_rope(
         raise model.error("rope_theta", "must be more than 1")
     part = scaling.number("partial_rotary_factor", model.number("partial_rotary_factor", 1.0))
     dim = int(head_dim * part)
+    if head_dim > MAX_HEAD_DIM:
+        raise model.error("head_dim", f"must be at most {MAX_HEAD_DIM}, not {head_dim}")
     if dim % 2 or not 0 < dim <= head_dim:
         raise model.error("partial_rotary_factor", f"must give an even part of {head_dim} elements")
     if max_positions > MAX_POSITIONS:

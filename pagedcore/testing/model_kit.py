@@ -24,6 +24,7 @@ from pagedcore.execution.model import Model
 from pagedcore.execution.ops import Ops
 from pagedcore.testing.checks import Check
 from pagedcore.testing.drawn_checkpoint import save_drawn_checkpoint
+from pagedcore.testing.hostile_configs import check_lies
 from pagedcore.testing.model_case import ModelCase
 from pagedcore.testing.paged_model import PagedModel
 from pagedcore.testing.schedules import SCHEDULES, Prompts, make_prompts, whole
@@ -37,6 +38,8 @@ FACTOR = 2.0
 
 SHARE = 0.05
 """Of the logits, root mean square: the error in 16 bits of a model without a reference."""
+
+LIES = "refuses configs that lie"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +82,18 @@ def model_checks(
     case: ModelCase,
     backends: Sequence[Backend],
 ) -> Iterator[Check]:
-    """What one architecture promises: its case and each variant, in each type on each backend."""
+    """What one architecture promises: its case and each variant, in each type on each backend;
+    and that it refuses a config.json that lies.
+    """
+    subject = f"model {architecture}"
+    yield Check(subject, LIES, partial(check_lies, architecture, load, case))
     for backend in backends:
         variants = {"": {}, **(case.variants if backend.variants else {})}
         for variant, fields in variants.items():
             for dtype in backend.dtypes:
                 words = [variant, str(dtype).removeprefix("torch."), backend.name]
                 yield Check(
-                    f"model {architecture}",
+                    subject,
                     ", ".join(filter(None, words)),
                     partial(check_model, architecture, load, case, fields, dtype, backend),
                 )

@@ -18,6 +18,10 @@ CONFIG = dict(
     dtype="float32",
 )
 
+CONFTEST = """
+pytest_plugins = ["pagedcore.testing.pytest_plugin"]
+"""
+
 PROMISES = """
 import pytest
 
@@ -76,8 +80,8 @@ def test_its_model_gives_the_same_tokens_chunked_and_whole(installed, tmp_path):
 
 
 def test_pytest_runs_its_checks_as_cases_of_a_test(installed, tmp_path):
-    (tmp_path / "conftest.py").write_text('pytest_plugins = ["pagedcore.testing.pytest_plugin"]')
+    (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_it.py").write_text(PROMISES)
     options = ["-q", "-p", "no:cacheprovider", "--strict-markers", "-c", "/dev/null"]
     said = installed.run("-m", "pytest", *options, "--rootdir", str(tmp_path), str(tmp_path))
-    assert "3 passed" in said
+    assert "4 passed" in said

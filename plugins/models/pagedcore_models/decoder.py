@@ -64,7 +64,7 @@ class DecoderSizes:
         return cls(
             vocab_size=fields.size("vocab_size"),
             h=h,
-            num_layers=fields.size("num_hidden_layers"),
+            num_layers=fields.num_layers(),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,

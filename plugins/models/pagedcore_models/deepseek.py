@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pagedcore.execution.config_fields import ConfigFields
+from pagedcore.execution.config_fields import MAX_LAYERS, ConfigFields
 from pagedcore.execution.expert_ops import Routing
 from pagedcore.execution.latent_attention import LatentAttention
 from pagedcore.execution.layers import DecoderLayer, FeedForward, GatedMLP
@@ -127,7 +127,7 @@ class DeepseekV2ForCausalLM(Decoder):
 
         layers = [layer(f"model.layers.{i}", i) for i in range(sizes.num_layers)]
         for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-            for i in range(fields.size(name, 0, least=0)):  # they predict further tokens
+            for i in range(fields.size(name, 0, least=0, most=MAX_LAYERS)):  # they predict further tokens
                 build.weights.ignore(f"model.layers.{sizes.num_layers + i}.")
         super().__init__(build, sizes, layers)
 

@@ -42,7 +42,7 @@ class EncoderSizes:
         return cls(
             vocab_size=fields.size("vocab_size"),
             h=h,
-            num_layers=fields.size("num_hidden_layers"),
+            num_layers=fields.num_layers(),
             num_heads=num_heads,
             mlp_width=fields.size("intermediate_size"),
             num_positions=fields.size("max_position_embeddings"),

@@ -65,7 +65,7 @@ class GPT2LMHeadModel(PlainDecoder):
             vocab_size,
             embedding=embedding,
             positions=LearnedPositions(build, f"{root}wpe", fields.size("n_positions"), h),
-            layers=[layer(f"{root}h.{i}", i) for i in range(fields.size("n_layer"))],
+            layers=[layer(f"{root}h.{i}", i) for i in range(fields.num_layers("n_layer"))],
             norm=norm(f"{root}ln_f"),
             head=Head(build, "lm_head", vocab_size, h, tied),
         )

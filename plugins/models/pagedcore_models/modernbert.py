@@ -117,7 +117,7 @@ class _GatedMLP:
 def _local_layers(config: Mapping[str, Any]) -> list[bool]:
     """Which layers have a window: by the list of their types, or all but every third."""
     fields = ConfigFields(config)
-    num_layers = fields.size("num_hidden_layers")
+    num_layers = fields.num_layers()
     every = fields.size("global_attn_every_n_layers", 3)
     return sliding_layers(fields, num_layers) or [bool(i % every) for i in range(num_layers)]
 

@@ -110,7 +110,7 @@ class OPTForCausalLM(PlainDecoder):
             positions=LearnedPositions(
                 build, f"{root}.embed_positions", num_positions, h, offset=2
             ),
-            layers=[layer(f"{root}.layers.{i}") for i in range(fields.size("num_hidden_layers"))],
+            layers=[layer(f"{root}.layers.{i}") for i in range(fields.num_layers())],
             norm=finish,
             head=Head(build, "lm_head", vocab_size, embedding_size, tied),
         )

@@ -23,6 +23,7 @@ PAGES = (
         for name in (
             "offline",
             "performance",
+            "models",
             "planning",
             "plugins",
             "quantization",

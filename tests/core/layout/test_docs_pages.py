@@ -11,6 +11,7 @@ from pagedcore.cli.reference import page
 from pagedcore.config import EngineConfig
 from pagedcore.engine.client import EngineClient
 from pagedcore.engine.info import EngineInfo
+from pagedcore.plugins import collect, load_plugins
 from pagedcore.request import SamplingParams
 from pagedcore.server_config import ServerConfig
 from pagedcore_openai.app import build_app
@@ -42,13 +43,14 @@ def test_the_page_of_settings_has_every_one(read):
 
 def declared_flags():
     """Every flag of every command."""
+    from pagedcore.cli import plugins
     from pagedcore.cli.bench import kernels, latency, serve, startup, throughput
 
     flags = [*engine_parameters(), *engine_parameters(rename={"seed": "engine_seed"})]
     flags += [*parameters(ServerConfig), *parameters(SamplingParams)]
     benches = (kernels.kernels, latency.latency, serve.serve, startup.startup)
-    for bench in (*benches, throughput.throughput):
-        flags += inspect.signature(bench).parameters.values()
+    for command in (*benches, throughput.throughput, plugins.check):
+        flags += inspect.signature(command).parameters.values()
     names = {flag.name.replace("_", "-") for flag in flags} | {"model", "server", "prompt"}
     return {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
 
@@ -62,9 +64,9 @@ def test_flags_that_pages_name_exist(read, name):
     assert named - FLAGS_OF_OTHERS - declared_flags() == set()
 
 
-def test_the_tutorial_quotes_the_example_as_it_is(root, read):
-    folder = root / "examples" / "my-plugin"
-    sources = [(folder / name).read_text("utf-8") for name in ("my_plugin.py", "pyproject.toml")]
+def test_the_tutorial_quotes_the_examples_as_they_are(root, read):
+    files = [*(root / "examples").glob("my-*/*"), *(root / "tests/examples").glob("*.py")]
+    sources = [path.read_text("utf-8") for path in files if path.suffix in {".py", ".toml"}]
     excerpts = re.findall(r"^```\w+\n(.*?)^```$", read("plugins"), re.M | re.S)
     assert len(excerpts) >= 5
     for excerpt in excerpts:
@@ -132,3 +134,10 @@ def test_the_series_that_are_told_are_those_that_are_shown(read):
     for name, label in named:
         assert re.search(rf"^pagedcore:{name}(_count)?\{{", shown, re.M), name
         assert not label or f'{label}="' in shown
+
+
+def test_the_page_of_models_has_every_architecture_that_is_offered(read):
+    page, offered = read("models"), collect(load_plugins(), "pagedcore_models")
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert sorted(listed) == sorted(offered.keys() - {"*"}), "print it anew, as the page says"
+    assert "**fails**" not in page
