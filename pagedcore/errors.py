@@ -6,6 +6,7 @@ PagedcoreError
 ├── UnknownNameError        nothing installed provides the name that was asked for
 ├── ModelError              a model's files are missing, broken or not what they claim
 ├── RequestError            a request is invalid: the caller's mistake (HTTP 400)
+│   └── MissingError        what it names is not there (HTTP 404)
 ├── OverloadedError         the queue is full, or the engine is not taking work (HTTP 503)
 └── EngineDeadError         the engine failed; no request can be served (HTTP 503, 500)
 """
@@ -49,6 +50,10 @@ class RequestError(PagedcoreError, ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class MissingError(RequestError):
+    """What a request names is not there."""
 
 
 class OverloadedError(PagedcoreError):

@@ -369,6 +369,12 @@ class Request:
     cache_salt: str | None = None
     """Requests share cached prefixes only with the same salt (KV-3)."""
 
+    adapter: str | None = None
+    """Name of the adapter (LoRA) that it runs with."""
+
+    adapter_key: str = ""
+    """Identifies that adapter's content, for the cache and the device; the engine fills it in."""
+
     pooling: PoolingParams | None = None
     """Settled, for a request that wants a vector: it ends with its prompt, and draws no token."""
 

@@ -38,6 +38,9 @@ class Admission:
     seed: int
     """64-bit state of the draw: the request's own seed, or the engine's choice."""
 
+    adapter_slot: int = -1
+    """Where the request's adapter lies while the row runs; -1 is none."""
+
 
 @dataclass(slots=True)
 class StepPlan:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pluggy
 
 from pagedcore.config import EngineConfig, Usage
+from pagedcore.engine.adapters import Adapters
 from pagedcore.engine.engine import Engine
 from pagedcore.engine.info import EngineInfo
 from pagedcore.execution.loading import build_executor
@@ -60,6 +61,7 @@ def build_engine(
         kv_watermark=config.cache.kv_watermark or 0.0,
         policy=policy,
         seed=config.execution.seed,
+        max_loras=config.lora.max_loras if executor.adapters is not None else 0,
     )
     info = EngineInfo(
         model=str(folder),
@@ -71,6 +73,7 @@ def build_engine(
         max_num_seqs=config.scheduler.max_num_seqs,
         task=executor.task,
         pooling=executor.pooling,
+        enable_lora=executor.adapters is not None,
         startup_seconds={
             "config": found - started,
             **executor.startup_seconds,
@@ -84,4 +87,10 @@ def build_engine(
         async_scheduling=config.scheduler.async_scheduling and executor.overlaps,
         plugins=plugins,
         logits_processors=executor.logits_processors,
+        adapters=Adapters(
+            executor.adapters,
+            config.lora,
+            info.served_model_names,
+            in_use=lambda: scheduler.adapter_keys,
+        ),
     )

@@ -95,11 +95,13 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str | None = None,
         owner: str = "",
+        adapter: str | None = None,
         on_overflow: Callable[[], None] | None = None,
     ) -> Generation:
         """Prepare a request of `params.n` choices; see `Generation`. Nothing is sent yet.
 
-        `owner`, of at most 64 characters, is who shares under the scheduling policy `fair`.
+        `owner`, of at most 64 characters, is who shares under the scheduling policy `fair`;
+        `adapter` is the name of one that the engine has loaded.
         `on_overflow` is called, in the loop, when the reader has fallen too far behind and the
         request was aborted: whoever waits for a slow connection can be cancelled there.
         Raises RequestError for token ids that are no 32-bit integers.
@@ -115,6 +117,7 @@ class EngineClient:
             priority,
             cache_salt,
             owner=owner,
+            adapter=adapter,
         )
         self._next_id += params.n
         return Generation(
@@ -168,7 +171,8 @@ class EngineClient:
         raise RuntimeError("the engine gave no vector")
 
     async def call(self, name: str, *, timeout_s: float = 5.0, **arguments: Any) -> Any:
-        """Ask the engine for `ping`, `stats` or `reset_prefix_cache`.
+        """Ask the engine for `ping`, `stats`, `reset_prefix_cache`, `adapters`, `load_adapter`
+        (`name`, `folder`) or `unload_adapter` (`name`).
 
         A ping is answered at once, the others between two steps. Raises EngineDeadError or
         OverloadedError ("not_ready") without an engine, TimeoutError without an answer in time,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pluggy
 
+from pagedcore.engine.adapters import Adapters
 from pagedcore.engine.info import EngineInfo
 from pagedcore.engine.observers import Observers, StepStats, record_of
 from pagedcore.metrics import STEP_TOKENS, Buckets
@@ -75,8 +76,11 @@ class Engine:
         async_scheduling: bool = True,
         plugins: pluggy.PluginManager | None = None,
         logits_processors: "LogitsProcessors | None" = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.info = info
+        self.adapters = adapters or Adapters()
+        """What requests may name beside the model."""
         self._scheduler = scheduler
         self._executor = executor
         self._depth = 2 if async_scheduling else 1
@@ -97,8 +101,8 @@ class Engine:
     def add(self, request: Request, forks: Sequence[Request] = ()) -> None:
         """Queue a request, and `forks` that share its prompt (the other choices of n > 1).
 
-        All are taken or none. Raises RequestError for a prompt that can never fit and
-        OverloadedError when the queue is full.
+        All are taken or none. Raises RequestError for a prompt that can never fit, MissingError for
+        an unknown adapter, and OverloadedError when the queue is full.
         """
         self._check([request, *forks])
         self._scheduler.add(request, forks)
@@ -149,6 +153,8 @@ class Engine:
         self._executor.shutdown()
 
     def _check(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self.adapters.settle(request)
         if self._logits_processors is not None:
             for request in requests:
                 self._logits_processors.check(request.params)

@@ -36,5 +36,8 @@ class EngineInfo:
     pooling: PoolingInfo = field(default_factory=PoolingInfo)
     """What vectors it makes."""
 
+    enable_lora: bool = False
+    """Whether requests may name adapters beside the model."""
+
     startup_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each phase of the start."""

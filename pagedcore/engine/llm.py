@@ -1,6 +1,7 @@
 """The offline Python API: a model in this process, prompts in, text out."""
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -16,6 +17,7 @@ from pagedcore.engine.build import build_engine
 from pagedcore.engine.embeddings import EmbeddingOutput, VectorJob
 from pagedcore.engine.engine import Engine
 from pagedcore.engine.outputs import Choice, CompletionOutput, Job, RequestOutput
+from pagedcore.engine.prompts import Message, Params, Prompt, as_prompts, for_each, is_conversation
 from pagedcore.errors import EngineDeadError, RequestError
 from pagedcore.plugins import collect, load_plugins
 from pagedcore.pooling import PoolingKind, PoolingParams
@@ -32,10 +34,6 @@ from pagedcore.text.inputs import EngineInput, InputProcessor, PooledInput
 from pagedcore.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "Message", "Prompt", "RequestOutput"]
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
@@ -93,18 +91,24 @@ class LLM:
         return SamplingParams(**{**defaults, **explicit})
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, progress: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        progress: bool = True,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; results are in the order of the prompts.
 
         A prompt is text or token ids. `params` is one for all or one for each prompt. Raises
         RequestError, before anything runs, when any of them is invalid. `progress` shows a bar on
-        stderr, where that is a terminal.
+        stderr, where that is a terminal. `adapter` is the name of one that is loaded.
         """
         self._check_open()
-        listed = _as_prompts(prompts)
-        pairs = zip(listed, _for_each(params, len(listed)), strict=True)
-        return self._run_all([self._completion(prompt, one) for prompt, one in pairs], progress)
+        listed = as_prompts(prompts)
+        pairs = zip(listed, for_each(params, len(listed)), strict=True)
+        entries = [self._completion(prompt, one) for prompt, one in pairs]
+        return self._run_all(entries, progress, adapter)
 
     def chat(
         self,
@@ -112,9 +116,10 @@ class LLM:
         params: Params = None,
         *,
         progress: bool = True,
+        adapter: str | None = None,
         **template_options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several.
+        """Answer one conversation, or each of several; `adapter` is as in `generate`.
 
         `template_options` go to the chat template (`tools`, `add_generation_prompt`, ...).
         """
@@ -122,15 +127,17 @@ class LLM:
         if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
             kind = type(messages).__name__
             raise RequestError(f"messages must be a list of messages, not {kind}", "messages")
-        talks: list[Any] = [messages] if _is_conversation(messages) else list(messages)
-        pairs = zip(talks, _for_each(params, len(talks)), strict=True)
+        talks: list[Any] = [messages] if is_conversation(messages) else list(messages)
+        pairs = zip(talks, for_each(params, len(talks)), strict=True)
         entries = [self._conversation(talk, one, template_options) for talk, one in pairs]
-        return self._run_all(entries, progress)
+        return self._run_all(entries, progress, adapter)
 
     def stream(
         self,
         prompt: Prompt | Sequence[Message],
         params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
         **template_options: Any,
     ) -> Iterator[RequestOutput]:
         """Yield the growing answer to one prompt or conversation after each step.
@@ -140,14 +147,14 @@ class LLM:
         invalid; it starts with the first item. Leaving the loop aborts it.
         """
         self._check_open()
-        [one] = _for_each(params, 1)
-        if _is_conversation(prompt):
-            return self._stream(self._conversation(prompt, one, template_options))
+        [one] = for_each(params, 1)
+        if is_conversation(prompt):
+            return self._stream(self._conversation(prompt, one, template_options), adapter)
         if template_options:
             names = ", ".join(template_options)
             raise RequestError(f"{names}: only a conversation has a chat template", "prompt")
-        _as_prompts(prompt)  # complains of what is none
-        return self._stream(self._completion(prompt, one))  # type: ignore[arg-type]
+        as_prompts(prompt)  # complains of what is none
+        return self._stream(self._completion(prompt, one), adapter)  # type: ignore[arg-type]
 
     def embed(
         self,
@@ -166,7 +173,7 @@ class LLM:
         if not isinstance(pooling, PoolingParams):
             pooling = PoolingParams(pooling=pooling)
         pooling = pooling.settled(self._engine.info.pooling)
-        entries = [self._inputs.pooled(prompt, param="prompt") for prompt in _as_prompts(prompts)]
+        entries = [self._inputs.pooled(prompt, param="prompt") for prompt in as_prompts(prompts)]
         jobs: list[VectorJob] = []
         try:
             for entry in entries:
@@ -175,6 +182,19 @@ class LLM:
         finally:
             self._abort_ids(job.id for job in jobs)
         return [job.output for job in jobs]
+
+    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Load an adapter (LoRA) as PEFT saves it, for `generate(..., adapter=name)`.
+
+        Raises RequestError for what is no adapter of this model, and without `enable_lora`.
+        """
+        self._check_open()
+        self._engine.adapters.load(name, os.fspath(folder), is_trusted=True)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; raises MissingError for an unknown name."""
+        self._check_open()
+        self._engine.adapters.unload(name)
 
     def close(self) -> None:
         """Release the device; the object cannot be used afterwards. Again, it does nothing."""
@@ -214,11 +234,13 @@ class LLM:
         entry.params.check_limits(self._limits)
         return entry
 
-    def _run_all(self, entries: Sequence[EngineInput], progress: bool) -> list[RequestOutput]:
+    def _run_all(
+        self, entries: Sequence[EngineInput], progress: bool, adapter: str | None
+    ) -> list[RequestOutput]:
         jobs: list[Job] = []
         try:
             for entry in entries:
-                self._start(entry, jobs)
+                self._start(entry, jobs, adapter)
             self._wait(jobs, progress)
         finally:
             self._abort(jobs)
@@ -240,12 +262,12 @@ class LLM:
                     num_done = sum(job.num_live == 0 for job in jobs)
                     bar.update(task, completed=num_done)
 
-    def _stream(self, entry: EngineInput) -> Iterator[RequestOutput]:
+    def _stream(self, entry: EngineInput, adapter: str | None) -> Iterator[RequestOutput]:
         self._check_open()
         jobs: list[Job] = []
         kind = entry.params.output_kind
         try:
-            self._start(entry, jobs)
+            self._start(entry, jobs, adapter)
             [job] = jobs
             while job.num_live or job.has_news:
                 if job.has_news and (kind is not OutputKind.FINAL_ONLY or not job.num_live):
@@ -256,7 +278,7 @@ class LLM:
         finally:
             self._abort(jobs)
 
-    def _start(self, entry: EngineInput, jobs: list[Job]) -> None:
+    def _start(self, entry: EngineInput, jobs: list[Job], adapter: str | None) -> None:
         """Hand one prompt with its n choices to the engine, and add its job to `jobs`."""
         first_id = next(self._ids)
         for _ in range(entry.params.n - 1):
@@ -269,6 +291,7 @@ class LLM:
                 params=entry.params.for_choice(index),
                 eos_token_id=entry.eos_token_id,
                 bad_words_token_ids=entry.bad_words_token_ids,
+                adapter=adapter,
             )
             for index, choice in enumerate(job.choices)
         ]
@@ -352,41 +375,3 @@ class LLM:
         for one in lost:
             one.settle(Finished(one.id, FinishReason.ABORT))
         return bool(lost)
-
-
-def _is_conversation(value: object) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and len(value) > 0
-        and isinstance(value[0], Mapping)
-    )
-
-
-def _as_prompts(prompts: Any) -> list[Prompt]:
-    """One prompt, or several, as a list; raises RequestError for what is neither."""
-    if isinstance(prompts, str) or (_is_list(prompts) and prompts and isinstance(prompts[0], int)):
-        return [prompts]
-    for prompt in [prompts] if not _is_list(prompts) else prompts:
-        if not isinstance(prompt, str) and not _is_list(prompt):
-            raise RequestError(
-                "a prompt must be text or a list of token ids, and several prompts a list of "
-                f"these, not {type(prompt).__name__}",
-                "prompt",
-            )
-    return list(prompts)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
-
-
-def _for_each(params: Any, num_prompts: int) -> Sequence[SamplingParams | None]:
-    """One of `params` for each prompt; raises RequestError for anything else."""
-    listed = params if _is_list(params) else [params] * num_prompts
-    for one in listed:
-        if one is not None and not isinstance(one, SamplingParams):
-            raise RequestError(f"params must be SamplingParams, not {type(one).__name__}")
-    if len(listed) != num_prompts:
-        raise RequestError(f"{num_prompts} prompts need as many params, not {len(listed)}")
-    return listed

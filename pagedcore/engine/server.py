@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pagedcore.engine import wire
+from pagedcore.engine.adapters import Adapters
 from pagedcore.engine.connections import Connections, Event
 from pagedcore.engine.info import EngineInfo
 from pagedcore.errors import EngineDeadError, PagedcoreError, RequestError
@@ -33,6 +34,7 @@ class ServedEngine(Protocol):
     """What is asked of an engine. See `pagedcore.engine.engine.Engine`."""
 
     info: EngineInfo
+    adapters: Adapters
 
     @property
     def has_work(self) -> bool:
@@ -228,23 +230,32 @@ class EngineServer:
                 arrival_time=now,
                 cache_salt=message.cache_salt,
                 owner=message.owner,
+                adapter=message.adapter,
                 pooling=pooling,
             )
             for index in range(params.n)
         ]
 
     def _call(self, call_id: int, name: str, arguments: dict[str, Any]) -> wire.Reply:
-        calls: dict[str, Callable[[], Any]] = {
-            "stats": self._engine.stats,
-            "reset_prefix_cache": self._engine.reset_prefix_cache,
+        engine = self._engine
+        calls: dict[str, tuple[Callable[..., Any], set[str]]] = {
+            "stats": (engine.stats, set()),
+            "reset_prefix_cache": (engine.reset_prefix_cache, set()),
+            "adapters": (engine.adapters.listed, set()),
+            "load_adapter": (engine.adapters.load, {"name", "folder"}),
+            "unload_adapter": (engine.adapters.unload, {"name"}),
         }
         try:
             if name not in calls:
                 known = ", ".join(["ping", *calls])
                 raise RequestError(f"there is no call {name[:80]!r}; there are {known}", "name")
-            if arguments:
-                raise RequestError(f"the call {name!r} takes no arguments", "arguments")
-            return wire.Reply(call_id, calls[name]())
+            function, needed = calls[name]
+            if arguments.keys() != needed:
+                takes = f"the texts {', '.join(sorted(needed))}" if needed else "no arguments"
+                raise RequestError(f"the call {name!r} takes {takes}", "arguments")
+            if not all(isinstance(value, str) for value in arguments.values()):
+                raise RequestError(f"the call {name!r} takes texts", "arguments")
+            return wire.Reply(call_id, function(**arguments))
         except Exception as error:
             if not isinstance(error, PagedcoreError):
                 logger.exception("the call %s failed", name)

@@ -16,12 +16,12 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from pagedcore.engine.info import EngineInfo
-from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
+from pagedcore.errors import EngineDeadError, MissingError, OverloadedError, RequestError
 from pagedcore.pooling import PoolingParams
 from pagedcore.request import SamplingParams
 from pagedcore.step import Finished, Int64, StepOutput, TokenLogprobs
 
-VERSION = 4
+VERSION = 5
 """Raised with every change of a message; the two ends must agree."""
 
 MAX_REQUEST_BYTES = 64 << 20
@@ -62,6 +62,8 @@ class Add(Struct, tag="add", array_like=True, frozen=True):
     pooling: PoolingParams | None = None
     """With it, the answer is a vector and no tokens."""
     owner: Annotated[str, Meta(max_length=64)] = ""
+    adapter: Annotated[str, Meta(max_length=255)] | None = None
+    """Name of the adapter (LoRA) that it runs with."""
 
 
 class Abort(Struct, tag="abort", array_like=True, frozen=True):
@@ -84,7 +86,7 @@ FromClient = Add | Abort | Call
 class Failure(Struct, array_like=True, frozen=True):
     """An exception on its way to another process: see `failure_of` and `exception_of`."""
 
-    kind: Literal["request", "overloaded", "dead", "internal"]
+    kind: Literal["request", "missing", "overloaded", "dead", "internal"]
     message: str
     param: str | None = None
     reason: str = ""
@@ -288,6 +290,8 @@ def failure_of(error: BaseException) -> Failure:
     """What another process may know of an exception: of an unexpected one, only its type."""
     message = str(error)[:MAX_MESSAGE_CHARS]
     match error:
+        case MissingError():
+            return Failure("missing", message, param=error.param)
         case RequestError():
             return Failure("request", message, param=error.param)
         case OverloadedError():
@@ -305,6 +309,8 @@ def exception_of(failure: Failure) -> Exception:
     match failure.kind:
         case "request":
             return RequestError(failure.message, failure.param)
+        case "missing":
+            return MissingError(failure.message, failure.param)
         case "overloaded":
             return OverloadedError(failure.message, failure.reason, failure.retry_after_s)
         case "dead":

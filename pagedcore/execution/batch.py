@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pagedcore.execution.device_state import DeviceState
 from pagedcore.execution.logits import upload
+from pagedcore.execution.lora_ops import AdapterStep
 from pagedcore.execution.ops import StepBatch
 from pagedcore.step import Int32, Int64, StepPlan
 
@@ -129,6 +130,7 @@ def unpack(
     num_single: int,
     max_query_len: int,
     max_context_len: int,
+    has_adapters: bool = False,
 ) -> DeviceBatch:
     """A packed plan's values [N] int64 on the device as a step's tensors."""
     parts = torch.split(values, sizes)
@@ -143,12 +145,26 @@ def unpack(
         num_single=num_single,
         max_query_len=max_query_len,
         max_context_len=max_context_len,
+        adapters=adapters_of(state, row_of, num_single) if has_adapters else None,
     )
     token_ids = state.tokens[row_of, positions].long()
     return DeviceBatch(token_ids, batch, drawing, last, drawing_rows, known)
 
 
-def to_device(plan: StepPlan, drawing: Int64, state: DeviceState, block_size: int) -> DeviceBatch:
+def adapters_of(state: DeviceState, rows: Tensor, num_single: int) -> AdapterStep:
+    """The adapters of tokens in rows [T] int64."""
+    assert state.adapter_slots is not None, "no room was made for adapters"
+    return AdapterStep(state.adapter_slots[rows], num_single)
+
+
+def to_device(
+    plan: StepPlan,
+    drawing: Int64,
+    state: DeviceState,
+    block_size: int,
+    *,
+    has_adapters: bool = False,
+) -> DeviceBatch:
     """Upload a plan of which `drawing` [K] draw a token; nothing waits for the device."""
     packed = pack(plan, drawing)
     return unpack(
@@ -160,6 +176,7 @@ def to_device(plan: StepPlan, drawing: Int64, state: DeviceState, block_size: in
         num_single=plan.num_single,
         max_query_len=int(plan.num_scheduled.max()),
         max_context_len=int((plan.num_computed + plan.num_scheduled).max()),
+        has_adapters=has_adapters,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the device keeps of each row: its tokens, and its blocks.
+"""What the device keeps of each row: its tokens, its blocks, and where its adapter lies.
 
     R rows    L longest sequence    G cache groups    M table entries per row
 
@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pagedcore.execution.logits import upload
+from pagedcore.execution.lora_ops import NO_ADAPTER
 from pagedcore.step import Admission, Int32
 
 
 class DeviceState:
-    """Tokens and block tables, by row."""
+    """Tokens, block tables and slots of adapters, by row."""
 
     def __init__(
         self,
@@ -26,6 +28,7 @@ class DeviceState:
         num_groups: int,
         max_blocks: int,
         device: torch.device,
+        has_adapters: bool = False,
     ) -> None:
         self.padding_row = num_rows
         """R: the row that no sequence has."""
@@ -39,9 +42,15 @@ class DeviceState:
             num_groups, num_rows + 1, max_blocks, dtype=torch.int32, device=device
         )
         """[G, R + 1, M] int32."""
+        self.adapter_slots: Tensor | None = None
+        """[R + 1] int32: where each row's adapter lies, or NO_ADAPTER; None without adapters."""
+        if has_adapters:
+            self.adapter_slots = torch.full(
+                (num_rows + 1,), NO_ADAPTER, dtype=torch.int32, device=device
+            )
 
     def admit(self, admissions: Sequence[Admission]) -> None:
-        """Write the known tokens of rows that start."""
+        """Write what is known of rows that start."""
         if not admissions:
             return
         counts = np.array([len(a.token_ids) for a in admissions])
@@ -51,6 +60,10 @@ class DeviceState:
         token_ids = np.concatenate([a.token_ids for a in admissions])
         flat = self.tokens.view(-1)
         flat.index_copy_(0, upload(index, self._device), upload(token_ids, self._device))
+        if self.adapter_slots is not None:
+            pairs = np.array([(a.row, a.adapter_slot) for a in admissions], np.int64)
+            uploaded = upload(pairs, self._device)
+            self.adapter_slots.index_copy_(0, uploaded[:, 0], uploaded[:, 1].int())
 
     def update_tables(self, updates: Int32) -> None:
         """Write block-table entries [N, 4]: group, row, index in the table, block."""

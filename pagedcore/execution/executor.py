@@ -14,13 +14,14 @@ from torch import Tensor
 
 from pagedcore.cache_spec import CacheGroup
 from pagedcore.config import EngineConfig
+from pagedcore.execution.adapter_store import AdapterStore
 from pagedcore.execution.batch import DeviceBatch, to_device
 from pagedcore.execution.device_state import DeviceState
 from pagedcore.execution.extend_graphs import ExtendGraphs
 from pagedcore.execution.graphs import DecodeGraphs, DrawKind, GraphRecorder
 from pagedcore.execution.logits import upload
-from pagedcore.execution.logprobs import PendingLogprobs
 from pagedcore.execution.logits_processors import Factory, LogitsProcessors
+from pagedcore.execution.logprobs import PendingLogprobs
 from pagedcore.execution.model import Model
 from pagedcore.execution.ops import LayerCache, Ops, StepBatch
 from pagedcore.execution.pooler import NOT_FINITE, PendingVectors, Pooler
@@ -103,6 +104,7 @@ class Executor:
         pooling: PoolingInfo | None = None,
         startup_seconds: Mapping[str, float],
         logits_processors: Mapping[str, Factory] | None = None,
+        adapters: AdapterStore | None = None,
     ) -> None:
         """`config` is resolved; `caches` has one entry per layer, of `num_blocks` blocks."""
         pooling = pooling or PoolingInfo()
@@ -136,7 +138,10 @@ class Executor:
             num_groups=len(groups),
             max_blocks=-(-(max_model_len + 1) // block_size),
             device=device,
+            has_adapters=adapters is not None,
         )
+        self.adapters = adapters
+        """What requests may choose by name; None without room for any."""
         self.logits_processors = LogitsProcessors(
             logits_processors or {}, vocab_size=model.vocab_size, device=device
         )
@@ -228,6 +233,8 @@ class Executor:
         """Bring what the device keeps of each row up to date."""
         if plan.admitted:
             self._kind = None
+            if self.adapters is not None:
+                self.adapters.admit(plan.admitted)
             self._state.admit(plan.admitted)
             self._sampler.admit(plan.admitted)
             self._pooler.admit(plan.admitted)
@@ -311,7 +318,8 @@ class Executor:
 
     def _run(self, plan: StepPlan) -> PendingStep:
         drawing = self._pooler.drawing(plan)
-        step = to_device(plan, drawing, self._state, self.block_size)
+        adapted = self.adapters is not None and self.adapters.have(plan.rows)
+        step = to_device(plan, drawing, self._state, self.block_size, has_adapters=adapted)
         if self._pooler:
             step.batch.token_types = self._pooler.token_types(plan)
         self._ops.begin_step(step.batch)

@@ -20,6 +20,7 @@ from pagedcore.cache_spec import group_layers
 from pagedcore.config import EngineConfig, Usage
 from pagedcore.errors import ConfigError, ModelError
 from pagedcore.execution import headless, memory
+from pagedcore.execution.adapter_store import AdapterStore, build_adapted
 from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.devices import available_bytes, choose_dtype, find_device, total_bytes
 from pagedcore.execution.executor import Executor
@@ -108,8 +109,15 @@ def build_executor(
         if device.type != "cuda":  # where memory that is not there is noticed late, if at all
             memory.check_cache_fits(num_blocks * make.block_bytes, available)
     weights = checkpoint.tensors(dtype, device)
+    build = replace(build, weights=weights, device=device)
+    adapters: AdapterStore | None = None
     with torch.inference_mode():
-        model = model_class(replace(build, weights=weights, device=device))
+        if config.lora.enable_lora:
+            model, adapters = build_adapted(
+                model_class, build, config.lora, is_decoder=bool(groups)
+            )
+        else:
+            model = model_class(build)
     weights.finish()
     loaded = time.perf_counter()
 
@@ -124,6 +132,7 @@ def build_executor(
         dtype=dtype,
         caches=_allocate(make, num_blocks),
         logits_processors=collect(plugins, "pagedcore_logits_processors"),
+        adapters=adapters,
         groups=groups,
         num_blocks=num_blocks,
         task="embed" if is_headless else task_of(meta),

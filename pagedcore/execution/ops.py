@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.expert_ops import ExpertOps
+from pagedcore.execution.lora_ops import AdapterStep, LoraOps
 from pagedcore.execution.quantized import QuantizedOps
 
 
@@ -62,6 +63,9 @@ class StepBatch:
 
     token_types: Tensor | None = None
     """[T] int64. 1 for tokens of the second of two texts, else 0; None is all 0."""
+
+    adapters: AdapterStep | None = None
+    """Which adapters tokens have; None where nobody has any."""
 
 
 @dataclass(slots=True)
@@ -128,7 +132,7 @@ class SamplingTensors:
     """Known on the host: some row uses min_p, top_k or top_p."""
 
 
-class Ops(QuantizedOps, ExpertOps, Protocol):
+class Ops(QuantizedOps, ExpertOps, LoraOps, Protocol):
     """One backend. A factory in the `pagedcore_backends` hook makes it, for one device."""
 
     name: str

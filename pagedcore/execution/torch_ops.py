@@ -17,6 +17,7 @@ from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTenso
 from pagedcore.execution.torch_attention import attend
 from pagedcore.execution.torch_experts import TorchExpertOps
 from pagedcore.execution.torch_latent import TorchLatentOps
+from pagedcore.execution.torch_lora import TorchLoraOps
 from pagedcore.execution.torch_quantized import TorchQuantizedOps
 from pagedcore.execution.torch_sampling import sample
 from pagedcore.execution.torch_scores import refine
@@ -30,7 +31,7 @@ from pagedcore.execution.torch_shared import (
 )
 
 
-class TorchOps(TorchQuantizedOps, TorchExpertOps, TorchLatentOps):
+class TorchOps(TorchQuantizedOps, TorchExpertOps, TorchLatentOps, TorchLoraOps):
     """The `torch` backend, for any device.
 
     Small steps on a CPU are bound by the number of calls, about a microsecond each, so operations

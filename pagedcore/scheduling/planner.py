@@ -22,6 +22,9 @@ from pagedcore.scheduling.steady import SteadyState
 from pagedcore.scheduling.table import Batch, SequenceTable
 from pagedcore.step import Admission, Bool, Int32, StepPlan
 
+MAX_SET_ASIDE = 256
+"""Sequences that a step looks past because their adapters have no slot."""
+
 
 @dataclass(slots=True)
 class _Draft:
@@ -183,7 +186,9 @@ class Planner:
     def _admit_waiting(self, draft: _Draft) -> None:
         """Admit in the order of the queue, until one does not fit (SCHED-4 to SCHED-6)."""
         queue = self._roster.queue
+        adapters = self._roster.adapters
         not_ready: list[SequenceState] = []
+        lacks_slot, num_passed = False, 0
         rows, counts = [], []
         while draft.budget > 0 and self._table.num_free_rows > 0:
             sequence = queue.first()
@@ -193,13 +198,23 @@ class Planner:
                 queue.pop()
                 not_ready.append(sequence)
                 continue
+            key = sequence.request.adapter_key
+            if not adapters.admits(key, passes=lacks_slot):  # LORA-1
+                if len(not_ready) >= MAX_SET_ASIDE:
+                    break
+                queue.pop()
+                not_ready.append(sequence)
+                lacks_slot = True
+                continue
             count = self._admit(sequence, draft)
             if count == 0:
                 break
             draft.budget -= count
+            num_passed += lacks_slot and bool(key)
             rows.append(sequence.row)
             counts.append(count)
         queue.put_back(not_ready)
+        adapters.count_passed(num_passed if lacks_slot else None)
         if rows:
             draft.rows = np.append(draft.rows, np.array(rows, np.int32))
             draft.counts = np.append(draft.counts, np.array(counts, np.int32))
@@ -287,7 +302,13 @@ class Planner:
             samples=samples,
             num_single=num_single,
             admitted=[
-                Admission(sequence.row, sequence.request, sequence.known_tokens(), sequence.seed)
+                Admission(
+                    sequence.row,
+                    sequence.request,
+                    sequence.known_tokens(),
+                    sequence.seed,
+                    self._roster.adapters.slot_of(sequence.request.adapter_key),
+                )
                 for sequence in draft.admitted
             ],
             table_updates=updates,

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from pagedcore.request import Request
 from pagedcore.scheduling.blocks import NULL_BLOCK, BlockPool
-from pagedcore.scheduling.hashing import BlockHasher
+from pagedcore.scheduling.hashing import BlockHasher, Extra
 from pagedcore.scheduling.sequence import BlockContent, SequenceState
 from pagedcore.scheduling.table import SequenceTable
 from pagedcore.step import Int32
@@ -172,8 +173,7 @@ class PrefixCache:
         hashes, size = sequence.hashes, self._block_size
         for index in range(len(hashes), num_blocks):
             parent = hashes[-1] if hashes else self._hasher.first_parent
-            salt = sequence.request.cache_salt
-            extra = (salt,) if index == 0 and salt is not None else None
+            extra = _extra(sequence.request) if index == 0 else None
             block = tokens[index * size : (index + 1) * size]
             hashes.append(self._hasher.hash(parent, block, extra))
             if not self._hasher.is_cryptographic:
@@ -206,3 +206,13 @@ class PrefixCache:
         """What happened to the map since the last call."""
         log, self._log = self._log, []
         return log
+
+
+def _extra(request: Request) -> Extra:
+    """What block 0 holds beside tokens; later blocks follow from it (KV-3).
+
+    An adapter stands for its content, so that another one of the same name finds nothing of it.
+    """
+    adapter = (("lora", request.adapter_key),) if request.adapter_key else ()
+    salt = () if request.cache_salt is None else (request.cache_salt,)
+    return (*adapter, *salt) or None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pagedcore.errors import RequestError
 from pagedcore.metrics import PREEMPTIONS, Buckets
 from pagedcore.request import FinishReason, Request
+from pagedcore.scheduling.adapters import AdapterSlots
 from pagedcore.scheduling.paging import Pager
 from pagedcore.scheduling.policies import Policy
 from pagedcore.scheduling.prefix_cache import Prefix, PrefixCache
@@ -27,8 +28,10 @@ class Roster:
         *,
         longest: int,
         seed: int,
+        num_adapter_slots: int = 0,
     ) -> None:
         """`longest` is the length at which every sequence ends at the latest."""
+        self.adapters = AdapterSlots(num_adapter_slots)
         self.table = table
         self.pager = pager
         self.cache = cache
@@ -64,6 +67,10 @@ class Roster:
         """Who had this ticket, unless it is over (and its id perhaps in use again)."""
         sequence = self._live.get(request_id)
         return sequence if sequence is not None and ticket >= sequence.born else None
+
+    def adapter_keys(self) -> set[str]:
+        """Of all live sequences, wherever they are."""
+        return {sequence.request.adapter_key for sequence in self._live.values()} - {""}
 
     def num_outputs(self, sequence: SequenceState) -> int:
         """Outputs that are known."""
@@ -129,6 +136,7 @@ class Roster:
     def _seat(self, sequence: SequenceState, tokens: Int32) -> int:
         sequence.status = Status.RUNNING
         sequence.was_admitted = True
+        self.adapters.take(sequence.request.adapter_key)
         return self.table.add(sequence, tokens, sequence.end)
 
     def preempt(self, row: int) -> SequenceState:
@@ -150,6 +158,7 @@ class Roster:
         awaited = int(table.length[row] - table.num_known[row])
         self.pager.free(row)
         sequence = table.remove(row)
+        self.adapters.release(sequence.request.adapter_key)
         sequence.status, sequence.num_awaited = Status.PREEMPTED, awaited
         sequence.order = self.policy.order(sequence.request)
         self.queue.push(sequence)
@@ -200,6 +209,7 @@ class Roster:
                 self.cache.enter_settled(sequence.row)
             self.pager.free(sequence.row)
             self.table.remove(sequence.row)
+            self.adapters.release(sequence.request.adapter_key)
         elif sequence.status is Status.DEFERRED:
             self._leave_parent(sequence)
         else:

@@ -43,6 +43,7 @@ class Scheduler:
         kv_watermark: float,
         policy: Policy,
         seed: int,
+        max_loras: int = 0,
     ) -> None:
         """`config` is resolved; `num_blocks` counts the null block. Raises ConfigError for limits
         that contradict each other.
@@ -72,8 +73,9 @@ class Scheduler:
             key=lambda length: self._pager.num_needed(length, min(length, budget)),
         )
         self._roster = Roster(
-            self._table, self._pager, self._cache, policy, longest=self._longest, seed=seed
-        )
+            self._table, self._pager, self._cache, policy, longest=self._longest, seed=seed,
+            num_adapter_slots=max_loras,
+        )  # fmt: skip
         self._planner = Planner(
             config, self._roster, self._table, self._pager, self._cache, self._pool,
             block_size=block_size, budget=budget, kv_watermark=kv_watermark,
@@ -98,6 +100,8 @@ class Scheduler:
         for fork in forks:
             if not np.array_equal(fork.prompt_token_ids, request.prompt_token_ids):
                 raise RequestError("all choices of a request must have one prompt", "prompt")
+            if fork.adapter_key != request.adapter_key:
+                raise RequestError("all choices of a request must have one adapter", "model")
         self._check_queue(1 + len(forks), len(request.prompt_token_ids))
         sequence = self._roster.add(request)
         if forks:
@@ -126,6 +130,8 @@ class Scheduler:
             child.prompt_token_ids = parent.request.prompt_token_ids
             child.output_token_ids = list(outputs)
             child.cache_salt = parent.request.cache_salt
+            child.adapter = parent.request.adapter
+            child.adapter_key = parent.request.adapter_key
             child.priority = parent.request.priority
             child.owner = parent.request.owner
             child.arrival_time = parent.request.arrival_time
@@ -185,6 +191,11 @@ class Scheduler:
         return step
 
     # State
+
+    @property
+    def adapter_keys(self) -> set[str]:
+        """Of the adapters that anybody runs with, or waits for."""
+        return self._roster.adapter_keys()
 
     @property
     def has_work(self) -> bool:

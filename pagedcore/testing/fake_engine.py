@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedcore.config import EngineConfig, Usage
+from pagedcore.engine.adapters import Adapters
 from pagedcore.engine.info import EngineInfo
 from pagedcore.errors import ConfigError, OverloadedError, RequestError
 from pagedcore.pooling import PoolingInfo, PoolingParams, Task
@@ -110,6 +111,7 @@ class FakeEngine:
         max_num_seqs: int = 64,
         max_num_queued_reqs: int = 8192,
         task: Task = "generate",
+        adapters: Adapters | None = None,
     ) -> None:
         """Make an engine that has nothing to do.
 
@@ -117,6 +119,7 @@ class FakeEngine:
         :param model: folder that surfaces may take a tokenizer from.
         :param max_num_queued_reqs: sequences that may wait before OverloadedError.
         """
+        self.adapters = adapters or Adapters()
         self.info = EngineInfo(
             model=model,
             served_model_names=tuple(served_model_names),
@@ -126,6 +129,7 @@ class FakeEngine:
             num_blocks=1 + max_num_seqs * -(-max_model_len // 16),
             max_num_seqs=max_num_seqs,
             task=task,
+            enable_lora=adapters is not None,
             pooling=PoolingInfo(
                 size=VECTOR_SIZE, is_matryoshka=True, num_labels=1 if task == "classify" else 0
             ),
@@ -166,6 +170,8 @@ class FakeEngine:
                 f"the prompt has {length} tokens; at most {most} fit",
                 "prompt",
             )
+        for member in family:
+            self.adapters.settle(member)
         with self._changed:
             if len(self._waiting) + len(family) > self._max_num_queued_reqs:
                 raise OverloadedError("the queue is full", "queued_reqs")

@@ -9,10 +9,12 @@ import pytest
 CONTRACT = {
     "_markers",
     "cache_spec",
+    "checked_types",
     "config",
     "errors",
     "hookspecs",
     "logs",
+    "lora_config",
     "metrics",
     "plugins",
     "pooling",

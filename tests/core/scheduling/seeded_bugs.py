@@ -246,8 +246,8 @@ PREFIXES = [
     Mutant(
         "salt left out of the chain",
         "prefix_cache",
-        "extra = (salt,) if index == 0 and salt is not None else None",
-        "extra = None",
+        "salt = () if request.cache_salt is None else (request.cache_salt,)",
+        "salt = ()",
     ),
     Mutant(
         "parent left out of the chain",
