@@ -246,7 +246,7 @@ def _copies(ops: Ops, plain: Ops, draw: Draw) -> Pairs:
     width = 6 * 16
     past, new = draw.pair(sum(step.past), width)[0], draw.pair(1, width)[0]
     cache = ops.new_cache(spec, 0, step.num_blocks + 1, 16, draw.dtype, torch.device("cpu"))
-    none = QKNorm(*(torch.ones(16, dtype=draw.dtype) for _ in "qk"), 1e-6)
+    none = QKNorm(torch.ones(16, dtype=draw.dtype), torch.ones(16, dtype=draw.dtype), 1e-6)
     rope = RopeTable(torch.cat([torch.ones(64, 8), torch.zeros(64, 8)], 1))
     _run_past(ops, cache, past, 2, rope, none, step)
     results = []

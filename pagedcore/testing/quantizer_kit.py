@@ -120,7 +120,9 @@ def _expect_refusal(
 def _draw(case: QuantizerCase, cut: int = 0) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The checkpoint's tensors; the whole matrix; the whole bias. `cut` rows are left out."""
     generator = torch.Generator().manual_seed(0)
-    tensors, matrices, biases = {}, [], []
+    tensors: dict[str, Tensor] = {}
+    matrices: list[Tensor] = []
+    biases: list[Tensor] = []
     for part, rows in OUT_FEATURES.items():
         matrix = torch.randn(rows, IN_FEATURES, generator=generator) / IN_FEATURES**0.5
         bias = torch.randn(rows, generator=generator)
