@@ -126,8 +126,8 @@ class DeepseekV2ForCausalLM(Decoder):
             return DecoderLayer(build, prefix, sizes.h, sizes.eps, mixer, rest)
 
         layers = [layer(f"model.layers.{i}", i) for i in range(sizes.num_layers)]
-        for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-            for i in range(fields.size(name, 0, least=0, most=MAX_LAYERS)):  # they predict further tokens
+        for name in ("num_nextn_predict_layers", "num_mtp_layers"):  # they predict further tokens
+            for i in range(fields.size(name, 0, least=0, most=MAX_LAYERS)):
                 build.weights.ignore(f"model.layers.{sizes.num_layers + i}.")
         super().__init__(build, sizes, layers)
 
