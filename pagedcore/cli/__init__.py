@@ -37,6 +37,9 @@ app.command("pagedcore.cli.bench:app", name="bench", help="Measure speed.")
 app.command(
     "pagedcore.cli.quantize:quantize", name="quantize", help="Store a model's weights in few bits."
 )
+app.command(
+    "pagedcore.cli.doctor:doctor", name="doctor", help="Say what is wrong here, and what mends it."
+)
 app.command("pagedcore.cli.plugins:app", name="plugins", help="Look at what is installed.")
 
 

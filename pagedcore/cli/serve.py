@@ -51,8 +51,8 @@ def _tell_preset(config: EngineConfig, given: Mapping[str, Any]) -> None:
     logger.info("preset %s: %s", name, ", ".join(told) or PRESETS[name].about)
 
 
-def _check_address(host: str, port: int) -> None:
-    """Raise ConfigError for an address that cannot be listened on, before a model is loaded."""
+def listen_error(host: str, port: int) -> str | None:
+    """Why one cannot listen on an address, in the system's words; None where one can."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -62,7 +62,15 @@ def _check_address(host: str, port: int) -> None:
             probe.bind(address)
             probe.listen(1)
     except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise ConfigError for an address that cannot be listened on, before a model is loaded."""
+    error = listen_error(host, port)
+    if error is not None:
         raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror}. "
+            f"cannot listen on {host} port {port}: {error}. "
             "Choose another --host or --port, or stop what listens there."
-        ) from None
+        )

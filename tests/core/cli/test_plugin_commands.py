@@ -53,7 +53,7 @@ def installed(monkeypatch):
             )
             for name, plugin in plugins.items()
         ]
-        monkeypatch.setattr("pagedcore.cli.plugins.entry_points", lambda group: entries)
+        monkeypatch.setattr("pagedcore.cli.installed.entry_points", lambda group: entries)
         monkeypatch.setenv("COLUMNS", "200")
 
     return install

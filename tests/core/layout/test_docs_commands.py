@@ -32,7 +32,17 @@ PAGES = (
         )
     ),
 )
-COMMANDS = {"generate", "chat", "serve", "plugins", "bench", "--help", "--version"}
+COMMANDS = {
+    "generate",
+    "chat",
+    "serve",
+    "plan",
+    "plugins",
+    "bench",
+    "doctor",
+    "--help",
+    "--version",
+}
 
 
 @pytest.fixture(params=PAGES)

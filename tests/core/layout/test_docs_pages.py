@@ -45,11 +45,13 @@ def declared_flags():
     """Every flag of every command."""
     from pagedcore.cli import plugins
     from pagedcore.cli.bench import kernels, latency, serve, startup, throughput
+    from pagedcore.cli.doctor import doctor
+    from pagedcore.cli.plan import plan
 
     flags = [*engine_parameters(), *engine_parameters(rename={"seed": "engine_seed"})]
     flags += [*parameters(ServerConfig), *parameters(SamplingParams)]
     benches = (kernels.kernels, latency.latency, serve.serve, startup.startup)
-    for command in (*benches, throughput.throughput, plugins.check):
+    for command in (*benches, throughput.throughput, plan, doctor, plugins.check):
         flags += inspect.signature(command).parameters.values()
     names = {flag.name.replace("_", "-") for flag in flags} | {"model", "server", "prompt"}
     return {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
