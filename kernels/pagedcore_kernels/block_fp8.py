@@ -149,7 +149,6 @@ def _block_kernel(
             inside,
             BM * BN,
             PARTS,
-            BM * PARTS <= 128,
         )
     if is_last:
         if HAS_BIAS:

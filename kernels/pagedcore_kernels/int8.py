@@ -109,7 +109,6 @@ def _int8_kernel(
             inside,
             BM * BN,
             PARTS,
-            BM * PARTS <= 128,
         )
     if is_last:
         result = total.to(tl.float32) * tl.load(scale + safe_row)[None, :]

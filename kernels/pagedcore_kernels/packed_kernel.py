@@ -231,7 +231,6 @@ def packed_kernel(
             inside,
             BM * BN,
             PARTS,
-            BM * PARTS <= 128,
         )
     if is_last:
         if GROUP == 0 and not HAS_MINIMA:

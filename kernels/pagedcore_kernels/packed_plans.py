@@ -99,7 +99,7 @@ def _for_few_outputs(m: int, n: int, k: int) -> PackedPlan:
         if k > 8192:
             return PackedPlan(128, 1, _parts(n, 128, 264), 4, 3)
         return PackedPlan(64, 1, _parts(n, 64, 264 if m <= 32 else 132), 4, 4)
-    return PackedPlan(128, 1, _parts(n, 128, 132 if m <= 128 else 66), 8, 3, 8, early=True)
+    return PackedPlan(128, 1, _parts(n, 128, 132 if m <= 128 else 66), 8, 3)
 
 
 def _for_many_outputs(m: int) -> PackedPlan:
@@ -136,12 +136,12 @@ def candidate_plans(m: int, n: int, k: int, quarter: int = 32) -> Iterator[Packe
 
 def rows_of_plan(m: int) -> int:
     """The number of rows whose plan m rows share: a power of two."""
-    return max(MIN_ROWS, 1 << max(m - 1, 0).bit_length())
+    return 1 if m <= 1 else max(MIN_ROWS, 1 << (m - 1).bit_length())
 
 
 def rows_per_program(m: int) -> int:
     """Rows that a program's tile has room for."""
-    return min(rows_of_plan(m), MAX_ROWS)
+    return min(max(rows_of_plan(m), MIN_ROWS), MAX_ROWS)
 
 
 def _parts(n: int, bn: int, programs: int) -> int:

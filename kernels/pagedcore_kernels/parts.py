@@ -16,13 +16,12 @@ def join_parts(
     inside,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """Leave one part of a tile, and take the sum of all PARTS if it is the last to arrive.
 
     partial [PARTS, num_tiles, SIZE] is scratch; arrivals [num_tiles] int32 are zero before and
-    after. UNROLL asks for all parts at once, for which registers must have room. Returns whether
-    this was the last, and the sum, which nobody else has.
+    after. Returns whether this was the last, and the sum, which nobody else has. The loop is
+    unrolled so that parts are asked for together: one after the other they take a microsecond each.
     """
     tl.store(partial + (part * num_tiles + tile) * SIZE + in_tile, result, inside)
     tl.debug_barrier()  # all warps have stored before one thread announces it
@@ -30,12 +29,7 @@ def join_parts(
     if is_last:
         tl.store(arrivals + tile, 0)  # for the next product
         result = tl.zeros_like(result)
-        if UNROLL:
-            for other in tl.static_range(PARTS):
-                piece = partial + (other * num_tiles + tile) * SIZE + in_tile
-                result += tl.load(piece, inside, 0, cache_modifier=".cg")
-        else:
-            for other in range(PARTS):
-                piece = partial + (other * num_tiles + tile) * SIZE + in_tile
-                result += tl.load(piece, inside, 0, cache_modifier=".cg")
+        for other in tl.static_range(PARTS):
+            piece = partial + (other * num_tiles + tile) * SIZE + in_tile
+            result += tl.load(piece, inside, 0, cache_modifier=".cg")
     return is_last, result

@@ -25,7 +25,7 @@ from pagedcore_kernels.tuned_plans import case_of, save_plans
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """[N, K] of the linear layers of Llama-3.1-8B."""
 
-ROWS = (8, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True, slots=True)
