@@ -3,7 +3,7 @@
     M rows   N outputs   K inputs   G = cdiv(K, 128)   P parts of the groups
 
     values    [M, K]      float8 e4m3, contiguous
-    scale     [G, M]      float32, contiguous: of 128 columns of a row
+    scale     [G, M]      float32, M contiguous, G may have any stride: of 128 columns of a row
     weight    [N, K]      float8 e4m3, contiguous
     shares    [N, G]      float32, of any strides, best N contiguous: the weight's scales
     bias      [N]         contiguous, in the result's dtype; optional
@@ -60,7 +60,7 @@ def _quantize_groups_kernel(
     values,
     scale,
     x_stride,
-    num_rows,
+    scale_stride,
     num_columns,
     TINY,
     LARGEST: tl.constexpr,
@@ -79,7 +79,7 @@ def _quantize_groups_kernel(
     # NaN passes: it is neither below nor above
     rounded = tl.where(rounded > LARGEST, LARGEST, tl.where(rounded < -LARGEST, -LARGEST, rounded))
     tl.store(values + row * num_columns + column, rounded.to(values.dtype.element_ty), inside)
-    tl.store(scale + group * num_rows + row, part, group * GROUP < num_columns)
+    tl.store(scale + group * scale_stride + row, part, group * GROUP < num_columns)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -96,6 +96,7 @@ def _block_kernel(
     num_outputs,
     num_inputs,
     num_groups,
+    scale_stride,
     share_stride,
     group_stride,
     span,
@@ -130,7 +131,7 @@ def _block_kernel(
             right = tl.load(values + value_at + group * BK, (k < num_inputs)[:, None], 0.0)
         known = group if EVEN else tl.minimum(group, num_groups - 1)
         of_weight = tl.load(shares + safe * share_stride + known * group_stride)
-        of_row = tl.load(scale + known * num_rows + safe_row)
+        of_row = tl.load(scale + known * scale_stride + safe_row)
         total += tl.dot(left, right) * of_weight[:, None] * of_row[None, :]
 
     in_tile = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -157,12 +158,18 @@ def _block_kernel(
         tl.store(target, total.to(out.dtype.element_ty), inside)
 
 
-def quantize_groups(x: Tensor, *, dependent: bool = False) -> tuple[Tensor, Tensor]:
-    """Round each 128 columns of x [M, K] to 8 bits: values [M, K], and their scale [G, M]."""
+def quantize_groups(
+    x: Tensor, *, multiple: int = 1, dependent: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Round each 128 columns of x [M, K] to 8 bits: values [M, K], and their scale [G, M].
+
+    Rows up to the next `multiple` are there, too, and hold anything.
+    """
     num_rows, num_columns = x.shape
     num_groups = triton.cdiv(num_columns, GROUP_COLUMNS)
-    values = torch.empty((num_rows, num_columns), dtype=FLOAT8, device=x.device)
-    scale = torch.empty((num_groups, num_rows), dtype=torch.float32, device=x.device)
+    room = triton.cdiv(num_rows, multiple) * multiple
+    values = torch.empty((room, num_columns), dtype=FLOAT8, device=x.device)
+    scale = torch.empty((num_groups, room), dtype=torch.float32, device=x.device)
     groups = min(8, triton.next_power_of_2(num_groups))
     if num_rows:
         _quantize_groups_kernel[(num_rows, triton.cdiv(num_groups, groups))](
@@ -170,7 +177,7 @@ def quantize_groups(x: Tensor, *, dependent: bool = False) -> tuple[Tensor, Tens
             values,
             scale,
             x.stride(0),
-            num_rows,
+            room,
             num_columns,
             TINY,
             LARGEST=LARGEST,
@@ -224,6 +231,7 @@ def block_linear(
         num_outputs,
         num_inputs,
         num_groups,
+        scale.stride(0),
         shares.stride(0),
         shares.stride(1),
         span,

@@ -40,6 +40,19 @@ def test_each_group_of_a_row_is_rounded_to_its_largest_magnitude(columns):
     assert is_near.all() if DEVICE == "cuda" else is_near.double().mean() > 0.85
 
 
+def test_there_may_be_room_for_more_rows():
+    x = random(5, 200)
+    values, scale = quantize_groups(x, multiple=4)
+    assert (values.shape, scale.shape) == ((8, 200), (2, 8))
+    expected, shares = quantize_groups(x)
+    assert torch.equal(values[:5].float(), expected.float())
+    assert torch.equal(scale[:, :5], shares)
+    weight, of_weight = random(16, 200, seed=2).to(FLOAT8), random(16, 2, seed=3).abs()
+    others = (weight, of_weight, None, torch.float32)
+    got = block_linear(values[:5], scale[:, :5], *others)
+    assert torch.equal(got, block_linear(expected, shares, *others))
+
+
 def test_zeros_stay_zero():
     values, scale = quantize_groups(torch.zeros(2, 256, device=DEVICE))
     assert not values.float().any()
@@ -73,7 +86,7 @@ def test_whole_numbers_are_summed_exactly(plan, m, n, k):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("m", [1, 2, 16, 100])
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 17, 100, 333])
 def test_the_backend_multiplies_float8_weights_of_any_groups(m, groups):
     x, bias = random(m, 512, dtype=torch.bfloat16), random(256, seed=1, dtype=torch.bfloat16)
     weight, shares = random(256, 512, seed=2).to(FLOAT8), random(256, groups, seed=3).abs() + 0.1
