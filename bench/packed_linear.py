@@ -246,6 +246,40 @@ def bench_fp8(name: str, n: int, k: int, rows: list[int]) -> tuple[list[dict], b
         calls = [partial(ops.scaled_linear, x, w, packed.scale) for w in weights]
         figure["channels"] = time_calls(calls, budget_s=0.03).median
         columns = shares.t().contiguous().t()  # as a model's layer keeps them
+        want = x.double() @ exact.T
+        options = {"groups": ops.scaled_linear}
+        if m <= 16:
+            options["groups, our own"] = partial(by_blocks, scratch=scratch)
+        for kind, multiply in options.items():
+            calls = [partial(multiply, x, w, columns) for w in weights]
+            right &= checked(f"{name} {m} {kind}", calls[0], want, limit=0.05)
+            figure[kind] = time_calls(calls, budget_s=0.03).median
+        if 1 < m <= 16:
+            calls = [partial(by_rows, ops, x, w, packed.scale) for w in weights]
+            figure["channels, library"] = time_calls(calls, budget_s=0.03).median
+        figures.append(figure)
+        shown = [f"{key} {value:.1f}" for key, value in figure.items() if key[:2] == "m "]
+        rates = [f"{packed.num_bytes / figure[f'm {m}'] / 1e6:.2f}" for m in plans]
+        print(f"{kind:22} {n}x{k}: {', '.join(shown)} us; {', '.join(rates)} TB/s", flush=True)
+    return figures, right
+
+
+def bench_fp8(name: str, n: int, k: int, rows: list[int]) -> tuple[list[dict], bool]:
+    """8-bit floats with one scale for each output, and with one for each 128 x 128 block."""
+    ops, scratch = TritonOps(DEVICE), Scratch(torch.device(DEVICE))
+    packed = ops.quantize(torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) * 0.02)
+    shares = torch.rand(n // 128, k // 128, device=DEVICE).add_(0.5).mul_(1e-3)
+    shares = shares.repeat_interleave(128, 0).contiguous()
+    num = num_rotations(n * k, 64)
+    weights = [packed.values.clone() for _ in range(num)]
+    exact = widen(packed.values, shares, torch.float32).double()
+    figures, right = [], True
+    for m in rows:
+        x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
+        figure = dict(name=name, m=m, n=n, k=k)
+        calls = [partial(ops.scaled_linear, x, w, packed.scale) for w in weights]
+        figure["channels"] = time_calls(calls, budget_s=0.03).median
+        columns = shares.t().contiguous().t()  # as a model's layer keeps them
         calls = [partial(ops.scaled_linear, x, w, columns) for w in weights]
         figure["groups"] = time_calls(calls, budget_s=0.03).median
         if 1 < m <= 16:
@@ -286,11 +320,6 @@ def by_rows(ops, x, weight, scale):
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-
-
-def by_library(x, weight, shares):
-    values, scale = block_fp8.quantize_groups(x, dependent=True)
-    return torch._scaled_mm(values, weight.t(), scale.t(), shares.t(), out_dtype=torch.bfloat16)
 
 
 def main() -> int:
