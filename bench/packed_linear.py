@@ -258,46 +258,6 @@ def bench_fp8(name: str, n: int, k: int, rows: list[int]) -> tuple[list[dict], b
             calls = [partial(by_rows, ops, x, w, packed.scale) for w in weights]
             figure["channels, library"] = time_calls(calls, budget_s=0.03).median
         figures.append(figure)
-        shown = [f"{key} {value:.1f}" for key, value in figure.items() if key[:2] == "m "]
-        rates = [f"{packed.num_bytes / figure[f'm {m}'] / 1e6:.2f}" for m in plans]
-        print(f"{kind:22} {n}x{k}: {', '.join(shown)} us; {', '.join(rates)} TB/s", flush=True)
-    return figures, right
-
-
-def bench_fp8(name: str, n: int, k: int, rows: list[int]) -> tuple[list[dict], bool]:
-    """8-bit floats with one scale for each output, and with one for each 128 x 128 block."""
-    ops, scratch = TritonOps(DEVICE), Scratch(torch.device(DEVICE))
-    packed = ops.quantize(torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) * 0.02)
-    shares = torch.rand(n // 128, k // 128, device=DEVICE).add_(0.5).mul_(1e-3)
-    shares = shares.repeat_interleave(128, 0).contiguous()
-    num = num_rotations(n * k, 64)
-    weights = [packed.values.clone() for _ in range(num)]
-    exact = widen(packed.values, shares, torch.float32).double()
-    figures, right = [], True
-    for m in rows:
-        x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
-        figure = dict(name=name, m=m, n=n, k=k)
-        calls = [partial(ops.scaled_linear, x, w, packed.scale) for w in weights]
-        figure["channels"] = time_calls(calls, budget_s=0.03).median
-        columns = shares.t().contiguous().t()  # as a model's layer keeps them
-        calls = [partial(ops.scaled_linear, x, w, columns) for w in weights]
-        figure["groups"] = time_calls(calls, budget_s=0.03).median
-        if 1 < m <= 16:
-            calls = [partial(by_rows, ops, x, w, packed.scale) for w in weights]
-            figure["channels, library"] = time_calls(calls, budget_s=0.03).median
-        want = x.double() @ exact.T
-        options = {}
-        if m <= 128:
-            options["blocks"] = partial(by_blocks, scratch=scratch)
-        options["library"] = by_library
-        for kind, multiply in options.items():
-            calls = [partial(multiply, x, w, columns) for w in weights]
-            try:
-                right &= checked(f"{name} {m} {kind}", calls[0], want, limit=0.05)
-                figure[kind] = time_calls(calls, budget_s=0.03).median
-            except Exception as problem:
-                print("left out:", kind, m, type(problem).__name__, str(problem)[:300])
-        figures.append(figure)
         shown = [f"{key} {value:.1f}" for key, value in figure.items() if isinstance(value, float)]
         print(f"fp8 {name:8} m {m:4}: {', '.join(shown)}", flush=True)
     return figures, right
