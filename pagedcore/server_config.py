@@ -6,8 +6,10 @@ of `pagedcore serve` and a keyword of every mount. No web framework is known her
 
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pagedcore.errors import ConfigError
 from pagedcore.logs import LogFormat
@@ -15,6 +17,9 @@ from pagedcore.request import SamplingLimits
 
 API_KEY_VARIABLE = "PAGEDCORE_API_KEY"
 """Environment variable that holds keys, separated by commas."""
+
+_TRACING = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+"""What the extra `tracing` installs."""
 
 
 def _keys_from_environment() -> tuple[str, ...]:
@@ -33,6 +38,35 @@ def _keys_from_file(path: str) -> list[str]:
     if not keys:
         raise ConfigError(f"api_key_file: {path} holds no key; write one a line")
     return keys
+
+
+def _check_traces_endpoint(endpoint: str) -> None:
+    """Raise ConfigError unless spans can be sent there, once it answers."""
+    try:
+        url = urlsplit(endpoint)
+        is_address = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ConfigError(
+            f"otlp_traces_endpoint must be the http or https address of an OTLP/HTTP receiver, "
+            f"such as http://localhost:4318/v1/traces, not {endpoint[:200]!r}"
+        )
+    if url.username is not None:
+        raise ConfigError(
+            "otlp_traces_endpoint must not hold a user or a password: put what the receiver asks "
+            "for into the environment variable OTEL_EXPORTER_OTLP_TRACES_HEADERS"
+        )
+    for module in _TRACING:
+        try:
+            found = find_spec(module)
+        except ModuleNotFoundError:  # what it is in is missing
+            found = None
+        if found is None:
+            raise ConfigError(
+                f"otlp_traces_endpoint: needs the package {module}: "
+                "pip install 'pagedcore[tracing]'."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +181,13 @@ class ServerConfig:
     enable_log_requests: bool = False
     """Log one line per request, without its text."""
 
+    otlp_traces_endpoint: str | None = None
+    """Where to send a span per inference request: the address of an OTLP/HTTP receiver, such as
+    http://localhost:4318/v1/traces (LIFE-6).
+
+    It needs the extra `tracing`. Without a path, /v1/traces is meant.
+    """
+
     shutdown_timeout: float = 0.0
     """Seconds that accepted requests may take to end after SIGTERM; 0 aborts them (LIFE-4)."""
 
@@ -172,6 +213,8 @@ class ServerConfig:
         for name in ("http_read_timeout", "template_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0 seconds, not {getattr(self, name)}")
+        if self.otlp_traces_endpoint is not None:
+            _check_traces_endpoint(self.otlp_traces_endpoint)
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("ssl_keyfile needs ssl_certfile")
         for name in ("ssl_certfile", "ssl_keyfile"):

@@ -17,6 +17,7 @@ event_stream.py      server-sent events
 responses.py         /v1/responses; response_*.py are its input, shapes and store
 probes.py            health, load and /metrics
 metrics.py           the page of /metrics; counters.py and timing.py are what fills it
+tracing.py           a span per request, where that is asked for; request_trace.py is what it tells
 errors.py            exceptions into OpenAI's error bodies
 plugin_routes.py     what plugins add
 unbuilt.py           routes that say what they are not, and those that change the server

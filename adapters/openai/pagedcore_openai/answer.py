@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from pagedcore.engine.client import EngineClient
 from pagedcore.engine.generation import Chunk, Generation
+from pagedcore.request import FinishReason
 from pagedcore.text.inputs import EngineInput
 from pagedcore.text.tokenizer import Tokenizer
 from pagedcore_openai.counters import Slot
@@ -57,6 +58,13 @@ class Answer:
         self.usage = Usage(prompt_tokens=sum(len(i.prompt_token_ids) for i in inputs))
         self.live: set[int] = set(range(len(inputs) * self.num_choices))
         """Choices that have not ended."""
+        self.finish_reasons: dict[int, FinishReason] = {}
+        """How those that have ended did."""
+        self.is_admitted = False
+        """Whether the engine has taken all prompts."""
+        self.failure: Exception | None = None
+        """What ended an admitted answer early, other than its reader's going away."""
+        self.params = inputs[0].params
         self._deadline = deadline
         self._timer: asyncio.TimerHandle | None = None
         self._prompts = [
@@ -82,6 +90,8 @@ class Answer:
             )
             for prompt, item in enumerate(inputs)
         ]
+        self.timings = [prompt.timing for prompt in self._prompts]
+        """When the tokens of each prompt came."""
         self._generations = [prompt.generation for prompt in self._prompts]
         for generation in self._generations:
             generation.max_queued_tokens = _max_queued_tokens(inputs)
@@ -101,6 +111,7 @@ class Answer:
         except BaseException:
             self.close()
             raise
+        self.is_admitted = True
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield what is new until all choices have ended.
@@ -113,7 +124,11 @@ class Answer:
                 for piece in self._prompts[prompt].take(chunk):
                     if piece.finish_reason is not None:
                         self.live.discard(piece.index)
+                        self.finish_reasons[piece.index] = piece.finish_reason
                     yield piece
+        except Exception as error:
+            self.failure = error
+            raise
         finally:
             self.close()
 

@@ -72,7 +72,12 @@ def build_app(
     """
     server = server or ServerConfig()
     counters = counters or Counters()
-    surface = Surface(client, config, server, counters, counters.slot(slot))
+    tracing = None
+    if server.otlp_traces_endpoint is not None:
+        from pagedcore_openai.tracing import Traced, Tracing  # what it needs is an extra
+
+        tracing = Tracing(server.otlp_traces_endpoint)
+    surface = Surface(client, config, server, counters, counters.slot(slot), tracing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -89,6 +94,8 @@ def build_app(
         openapi_url=None,
     )
     app.state.surface = surface
+    if tracing is not None:
+        app.guard(Traced, tracing=tracing)
     app.guard(Gate, server=server)
     if server.allowed_origins:  # in front of the gate: a browser asks without a key first
         app.guard(

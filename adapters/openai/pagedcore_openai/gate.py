@@ -33,6 +33,9 @@ KEY = "pagedcore_key"
 ARRIVAL = "pagedcore_arrival"
 """Where it holds when the request came, in the same time."""
 
+TRACE = "pagedcore_trace"
+"""Where it holds the `RequestTrace`, if there is one."""
+
 LINGER_S = 2.0
 """Seconds for which the rest of a refused body is read: closing a connection with something
 unread would make the client's system throw our answer away."""

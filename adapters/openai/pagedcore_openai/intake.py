@@ -12,6 +12,7 @@ from pagedcore_openai.body import check_sizes, header_list, ignored_paths, parse
 from pagedcore_openai.errors import ApiError
 from pagedcore_openai.gate import ARRIVAL, DEADLINE, KEY, REQUEST_ID, owner_of, valid_request_id
 from pagedcore_openai.protocol import Fields, GenerationRequest
+from pagedcore_openai.request_trace import trace_of
 from pagedcore_openai.surface import Surface
 
 Kind = TypeVar("Kind", bound=Fields)
@@ -71,7 +72,7 @@ class Intake:
         used = prepare.used_max_tokens(fields, items)
         if used is not None:
             headers["x-pagedcore-adjusted-params"] = f"max_tokens={used}"
-        return Answer(
+        answer = Answer(
             surface.client,
             surface.inputs.tokenizer,
             items,
@@ -85,6 +86,10 @@ class Intake:
             slot=surface.slot,
             on_overflow=request.scope.get("extensions", {}).get(ABORT),
         )
+        trace = trace_of(request)
+        if trace is not None:
+            trace.asked(fields.model or surface.info.served_model_names[0], answer)
+        return answer
 
 
 def settled_request_id(request: Request, fields: GenerationRequest) -> str:

@@ -21,6 +21,7 @@ from pagedcore_openai.intake import Intake
 from pagedcore_openai.openapi import describe
 from pagedcore_openai.pieces import Piece
 from pagedcore_openai.protocol import ResponseRequest
+from pagedcore_openai.request_trace import trace_of
 from pagedcore_openai.response_input import as_chat, check_response, input_messages, renamed
 from pagedcore_openai.response_shape import ResponseEvents, ResponseShape
 from pagedcore_openai.response_store import ResponseStore, StoredResponse
@@ -73,6 +74,9 @@ class Responses:
         if fields.stream:
             return _ResponseStream(surface, answer, headers, shape, stored)
         stored.task = surface.spawn(self._in_background(answer, shape, stored))
+        trace = trace_of(request)
+        if trace is not None:
+            trace.work = stored.task
         return JSONResponse(stored.body, headers=headers)
 
     async def retrieve(self, request: Request) -> Response:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from starlette.types import Receive, Scope
 
@@ -20,6 +20,9 @@ from pagedcore_openai.bounded_inputs import BoundedInputs
 from pagedcore_openai.counters import OPEN, Counters, Slot
 from pagedcore_openai.errors import ApiError
 from pagedcore_openai.watch import Watch
+
+if TYPE_CHECKING:
+    from pagedcore_openai.tracing import Tracing  # the package that it needs is an extra
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -42,8 +45,10 @@ class Surface:
         server: ServerConfig,
         counters: Counters,
         slot: Slot,
+        tracing: "Tracing | None" = None,
     ) -> None:
         """Nothing is opened before `start`. `slot` is ours in the `counters` of all front ends."""
+        self._tracing = tracing
         self.client = client
         self.config = config
         self.server = server
@@ -64,6 +69,8 @@ class Surface:
     def start(self) -> None:
         """Begin to wait for the engine, once; for the event loop's thread."""
         if self._loading is None:
+            if self._tracing is not None:
+                self._tracing.start()
             self._loading = asyncio.create_task(self._load())
 
     async def loaded(self) -> None:
@@ -79,6 +86,8 @@ class Surface:
             await asyncio.wait([self._loading])
         await self.client.close()
         self._threads.shutdown(wait=False)
+        if self._tracing is not None:
+            await self._tracing.close()
 
     @property
     def ready(self) -> bool:

@@ -26,6 +26,23 @@ class RequestTiming:
         self._num_ended = 0
         self._sent = arrival
         self._scheduled: float | None = None
+        self.queue_seconds: float | None = None
+        """How long the prompt waited in the engine, once that is known."""
+
+    @property
+    def scheduled_at(self) -> float | None:
+        """When the prompt was first scheduled."""
+        return self._scheduled
+
+    @property
+    def first_at(self) -> float | None:
+        """When the first token of any choice came."""
+        return min(self._first.values(), default=None)
+
+    @property
+    def last_at(self) -> float | None:
+        """When the last token until now came."""
+        return max(self._last.values(), default=None)
 
     def sent(self) -> None:
         """The engine is being asked."""
@@ -33,6 +50,7 @@ class RequestTiming:
 
     def scheduled(self, queue_seconds: float) -> None:
         """The engine tells how long the prompt waited there."""
+        self.queue_seconds = queue_seconds
         self._scheduled = self._sent + queue_seconds
         for _ in range(self._params.n):
             self._slot.observe("request_queue_time_seconds", queue_seconds)

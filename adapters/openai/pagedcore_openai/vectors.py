@@ -22,6 +22,7 @@ from pagedcore_openai.gate import ARRIVAL, DEADLINE, REQUEST_ID
 from pagedcore_openai.intake import Intake
 from pagedcore_openai.openapi import describe
 from pagedcore_openai.prepare import check_priority
+from pagedcore_openai.request_trace import trace_of
 from pagedcore_openai.surface import ClientGoneError, Surface
 from pagedcore_openai.vector_answer import Room, Vector, VectorAnswer
 from pagedcore_openai.vector_protocol import (
@@ -198,6 +199,9 @@ class Vectors:
             slot=surface.slot,
             room=self._room,
         )
+        trace = trace_of(request)
+        if trace is not None:
+            trace.asked(fields.model or surface.info.served_model_names[0], answer)
         try:
             return await surface.run(request.scope, request.receive, answer.whole()), answer
         except ClientGoneError:
