@@ -21,6 +21,9 @@ from pagedcore.execution.safetensors_file import StoredTensor
 STEPS = 20
 """Exponents that are tried: 0, 1 / STEPS, 2 / STEPS, ..."""
 
+MAX_OUTPUTS = 512
+"""Of a layer: those whose error is measured."""
+
 _LEAST = 1e-3  # of the mean: what a smaller input counts as
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
@@ -152,8 +155,9 @@ def best_scale(
 ) -> Tensor | None:
     """The scale [in] that leaves the least error in the outputs of layers [out, in] float32.
 
-    None where rounding them as they are is best.
+    None where rounding them as they are is best. `rounded` rounds each row by itself.
     """
+    some = [weight[:: -(-len(weight) // MAX_OUTPUTS)].contiguous() for weight in weights]
     size = inputs.size.clamp(min=float(inputs.size.mean()) * _LEAST)
     rows = inputs.rows.float()
     best: Tensor | None = None
@@ -162,7 +166,7 @@ def best_scale(
         scale = size ** (step / STEPS)
         scale = scale / (scale.max() * scale.min()).sqrt()
         error = 0.0
-        for weight in weights:
+        for weight in some:
             lost = rounded(weight * scale).div_(scale).sub_(weight)
             error += float((rows @ lost.t()).square().sum())
         if error < least:

@@ -41,7 +41,6 @@ SCALES = ".pagedcore-scales.safetensors"
 """Scales from a calibration text, until all files are written."""
 
 _COPIED = (".json", ".jinja", ".model", ".txt", ".md")
-_SKIPPED = ("config.json", ".index.json", ".safetensors")
 _VERSION = 1  # of what is written for the same settings
 
 Progress = Callable[[str], AbstractContextManager[Report]]
@@ -240,6 +239,6 @@ def _balance(job: Job, runner: Runner, layers: Layers) -> Balance:
 
 def _finish(job: Job, shards: Sequence[Shard], config: dict[str, Any]) -> None:
     """Write what makes the folder a model: last, so that no half of one looks like it."""
-    copy_files(job.source, job.output, _COPIED, _SKIPPED)
+    copy_files(job.source, job.output, _COPIED)
     write_index(job.output, shards)
     write_json(job.output / "config.json", config)

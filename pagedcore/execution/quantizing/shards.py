@@ -83,14 +83,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     _name(part, path)
 
 
-def copy_files(source: Path, target: Path, suffixes: Sequence[str], skip: Sequence[str]) -> None:
-    """Copy files beside the weights, such as the tokenizer's; `skip` are ends of names."""
+def copy_files(source: Path, target: Path, suffixes: Sequence[str]) -> None:
+    """Copy what is beside the weights, such as the tokenizer's files; not config.json."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         is_hidden = any(part.startswith(".") for part in relative.parts)
         if is_hidden or path.suffix not in suffixes or not path.is_file():
             continue
-        if str(relative).endswith(tuple(skip)):
+        if str(relative) == "config.json" or path.name.endswith(".index.json"):
             continue
         place = target / relative
         place.parent.mkdir(parents=True, exist_ok=True)

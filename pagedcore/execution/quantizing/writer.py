@@ -26,7 +26,10 @@ class WeightWriter(Protocol):
     """
 
     balances: bool
-    """Whether scales from a calibration text make its rounding better."""
+    """Whether scales from a calibration text make its rounding better.
+
+    If so, each row of a matrix is rounded by itself.
+    """
 
     def config(self, kept: Sequence[str]) -> Mapping[str, Any]:
         """The `quantization_config`, by which the format's quantizer reads what was written.

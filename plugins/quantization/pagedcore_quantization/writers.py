@@ -70,7 +70,12 @@ class Fp8BlockWriter:
         }
 
     def check(self, name: str, rows: int, columns: int) -> None:
-        """See `WeightWriter.check`: any sizes."""
+        """See `WeightWriter.check`."""
+        if rows % GROUP_COLUMNS or columns % GROUP_COLUMNS:  # as transformers wants them
+            raise ConfigError(
+                f"{name!r} has {rows} outputs and {columns} inputs, which are no whole number of "
+                f"blocks of {GROUP_COLUMNS} by {GROUP_COLUMNS}: take fp8, which has none"
+            )
 
     def write(self, weight: Tensor) -> Mapping[str, Tensor]:
         """See `WeightWriter.write`."""

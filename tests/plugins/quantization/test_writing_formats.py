@@ -14,7 +14,13 @@ from pagedcore.execution.torch_ops import TorchOps
 from pagedcore.testing.tiny_models import save_tiny_model
 from pagedcore_quantization import pagedcore_quantizers, pagedcore_weight_writers
 
-SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 WRITERS = {
     "fp8": ({}, 16 / 448),
     "fp8-block": ({}, 16 / 448),
@@ -51,7 +57,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("form", WRITERS)
 def test_a_matrix_is_read_as_what_it_was_rounded_to(form, tmp_path):
-    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
     writer = writer_of(form)
     writer.check("a.q_proj", *weight.shape)
     tensors = {f"a.q_proj.{what}": tensor for what, tensor in writer.write(weight).items()}
@@ -61,10 +67,10 @@ def test_a_matrix_is_read_as_what_it_was_rounded_to(form, tmp_path):
     quantizer = pagedcore_quantizers()[settings["quant_method"]](settings)
     weights = Checkpoint(tmp_path).tensors(torch.float32, torch.device("cpu"))
     method = quantizer.linear(
-        weights, TorchOps("cpu"), ["a.q_proj"], 192, [64], bias=False, dim=None
+        weights, TorchOps("cpu"), ["a.q_proj"], 256, [128], bias=False, dim=None
     )
     torch.testing.assert_close(
-        method.apply(torch.eye(192)).t(), writer.rounded(weight), rtol=1e-5, atol=1e-6
+        method.apply(torch.eye(256)).t(), writer.rounded(weight), rtol=1e-5, atol=1e-6
     )
     error = (writer.rounded(weight) - weight).abs().max()
     assert 0 < error <= WRITERS[form][1] * weight.abs().max()
@@ -72,7 +78,7 @@ def test_a_matrix_is_read_as_what_it_was_rounded_to(form, tmp_path):
 
 @pytest.mark.parametrize("form", WRITERS)
 def test_rows_of_zeros_and_tiny_numbers_stay_finite(form):
-    weight = torch.zeros(64, 128)
+    weight = torch.zeros(128, 128)
     weight[1] = 1e-12
     rounded = writer_of(form).rounded(weight)
     assert rounded.isfinite().all()
@@ -103,6 +109,21 @@ def test_a_quantized_model_gives_the_tokens_it_stands_for(form, plain, tmp_path,
         assert found == tokens(rounded_model(plain, tmp_path / "wide", form))
 
 
+def test_what_is_beside_the_weights_comes_along(plain, tmp_path):
+    (plain / "1_Pooling").mkdir()
+    for name in ("chat_template.jinja", "LICENSE.md", "1_Pooling/config.json"):
+        (plain / name).write_text("{}", encoding="utf-8")
+    for name in (".cache.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (plain / name).write_text("none of ours", encoding="utf-8")
+    quantize(plain, tmp_path / "made", "fp8")
+    made = {str(path.relative_to(tmp_path / "made")) for path in (tmp_path / "made").rglob("*.*")}
+    assert made == {
+        *(".pagedcore-quantize.json", "model.safetensors", "config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+        *("chat_template.jinja", "LICENSE.md", "1_Pooling/config.json"),
+    }
+
+
 def test_experts_are_written_too_and_routers_are_not(tmp_path, tokens):
     plain = tmp_path / "plain"
     save_tiny_model(plain, "qwen3_moe", **SIZES, moe_intermediate_size=64)
@@ -121,7 +142,7 @@ def test_transformers_loads_blocks_of_float8(plain, tmp_path, tokens):
     transformers = pytest.importorskip("transformers")
     quantize(plain, tmp_path / "made", "fp8-block")
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "made", dtype=torch.float32, quantization_config={"dequantize": True}
+        tmp_path / "made", dtype=torch.float32
     )
     wide = load_file(rounded_model(plain, tmp_path / "wide", "fp8-block") / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
@@ -156,7 +177,11 @@ def complaint(capsys, source, target, form, *more):
 def test_what_cannot_be_done_is_said_before_anything_is_written(plain, tmp_path, capsys):
     made = tmp_path / "made"
     assert "no folder" in complaint(capsys, tmp_path / "none", made, "fp8")
-    assert "take --group-size 64" in complaint(capsys, plain, made, "gptq", "--group-size", "128")
+    save_tiny_model(tmp_path / "odd", **SIZES | {"intermediate_size": 192})
+    said = complaint(capsys, tmp_path / "odd", made, "gptq", "--group-size", "128")
+    assert "down_proj' has 192 inputs" in said
+    assert "take --group-size 64" in said
+    assert "take fp8" in complaint(capsys, tmp_path / "odd", made, "fp8-block")
     assert "must be 4 in awq" in complaint(capsys, plain, made, "awq", "--bits", "8")
     assert "another folder" in complaint(capsys, plain, plain, "fp8")
     text = tmp_path / "text.txt"
@@ -203,13 +228,15 @@ TEXT = "The tower stands by the river, and its shadow tells the hour. " * 40
 def outliers(tmp_path):
     """A model of as many key as query heads, some of whose inputs are large in every layer."""
     folder = tmp_path / "plain"
-    save_tiny_model(folder, **SIZES, num_attention_heads=4, num_key_value_heads=4)
+    save_tiny_model(folder, **SIZES | {"num_hidden_layers": 1})
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(5)
     for name, tensor in tensors.items():
         if name.endswith(("layernorm.weight", "v_proj.weight", "up_proj.weight")):
             large = torch.randperm(len(tensor), generator=generator)[:4]
             tensor[large] *= 20
+        if name.endswith("q_proj.weight"):
+            tensor *= 0.02  # attention that turns on a score would hide what rounding does
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
@@ -263,9 +290,9 @@ def test_scales_of_a_text_lose_less_where_some_inputs_are_large(form, outliers, 
     text = tmp_path / "text.txt"
     assert quantize(outliers, tmp_path / "near", form) == 0
     assert quantize(outliers, tmp_path / "scaled", form, f"--calibration={text}") == 0
-    assert "14 of them scaled" in capsys.readouterr().out
+    assert "7 of them scaled" in capsys.readouterr().out
     near, scaled = (error_of(tmp_path / name, outliers) for name in ("near", "scaled"))
-    assert scaled < 0.85 * near
+    assert scaled < 0.9 * near
 
 
 def test_scales_go_on_from_where_they_were_found(outliers, tmp_path):
