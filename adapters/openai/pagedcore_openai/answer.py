@@ -63,7 +63,7 @@ class Answer:
         self.is_admitted = False
         """Whether the engine has taken all prompts."""
         self.failure: Exception | None = None
-        """What ended an admitted answer early, other than its reader's going away."""
+        """What ended an admitted answer early, if that was not its reader."""
         self.params = inputs[0].params
         self._deadline = deadline
         self._timer: asyncio.TimerHandle | None = None

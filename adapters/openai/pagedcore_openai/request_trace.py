@@ -80,21 +80,22 @@ class RequestTrace:
     @property
     def error_type(self) -> str | None:
         """The status of what the server has failed with, also in a stream; None for no failure."""
-        failure = self._failure
-        if failure is not None:
-            return str(as_api_error(failure, admitted=True).status)
-        if self.status is not None and self.status >= 500:
-            return str(self.status)
-        return None
+        status = self._failure or self.status or 0
+        return str(status) if status >= 500 else None
 
     @property
-    def _failure(self) -> Exception | None:
-        """What ended the answer after it had begun, unless it was a client that does not read."""
-        if not isinstance(self._answer, Answer):
+    def _failure(self) -> int | None:
+        """The status of what the server has failed with after the engine had taken the request.
+
+        A client that does not read, or whose own deadline is over, is no failure.
+        """
+        failure = self._answer.failure if isinstance(self._answer, Answer) else None
+        if failure is None:
             return None
-        failure = self._answer.failure
-        is_slow = isinstance(failure, OverloadedError) and failure.reason == "slow_reader"
-        return None if is_slow else failure
+        if isinstance(failure, OverloadedError) and failure.reason == "slow_reader":
+            return None
+        status = as_api_error(failure, admitted=True).status
+        return status if status >= 500 else None
 
     def attributes(self) -> Attributes:
         """All that is known, at the end."""
