@@ -17,6 +17,7 @@ from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import ConfigError
 from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kernel_bench import KernelBench
+from pagedcore.execution.lora_ops import AdapterStep, LoraWeights
 from pagedcore.execution.ops import (
     LayerCache,
     Ops,
@@ -30,6 +31,7 @@ from pagedcore_kernels import (
     block_copy,
     decode_rows,
     expert_routing,
+    lora,
     norms,
     rope_cache,
 )
@@ -246,6 +248,11 @@ class TritonOps(LinearOps, LatentOps):
     def moe(self, x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
         """See `Ops.moe`."""
         return mixtures.moe(x, weights, chosen, experts)
+
+    @with_fallback
+    def add_lora(self, y: Tensor, x: Tensor, weights: LoraWeights, step: AdapterStep) -> None:
+        """See `LoraOps.add_lora`."""
+        lora.add_lora(y, x, weights, step, num_sms=self._num_sms)
 
     @with_fallback
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:

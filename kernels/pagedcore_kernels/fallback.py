@@ -23,7 +23,7 @@ _COMPILER_FAILURES = ("PassManager", "C compiler")
 """In the RuntimeErrors of triton's compiler, which have no class of their own."""
 
 _READS_ON_HOST = frozenset(
-    {"attention", "latent_attention", "latent_to_cache", "moe", "rope_and_cache"}
+    {"add_lora", "attention", "latent_attention", "latent_to_cache", "moe", "rope_and_cache"}
 )
 """Operations of a step whose plain version a graph cannot hold."""
 

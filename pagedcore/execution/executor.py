@@ -249,6 +249,9 @@ class Executor:
             if self._sampler.wants_prompt_logprobs(admission.row) is not None:
                 self._prompts[admission.row] = admission.request.prompt_token_ids
 
+    def _has_adapters(self, plan: StepPlan) -> bool:
+        return self.adapters is not None and self.adapters.have(plan.rows)
+
     def _copy(self, copies: Int32) -> None:
         for number, group in enumerate(self.groups):
             of_group = copies[copies[:, 0] == number, 1:]
@@ -271,10 +274,10 @@ class Executor:
             return None
         kind = self._draw_kind(plan.rows) if plan.samples.all() else None
         if kind is not None and plan.num_single == len(plan.rows):
-            return self._graphs.run(plan, kind)
+            return self._graphs.run(plan, kind, has_adapters=self._has_adapters(plan))
         self._graphs.forget_rows()
         if kind is not None and not self._prompts and self._extend_graphs.suits(plan):
-            return self._extend_graphs.run(plan, kind)
+            return self._extend_graphs.run(plan, kind, has_adapters=self._has_adapters(plan))
         return None
 
     def _draw_kind(self, rows: Int32) -> DrawKind | None:
@@ -318,7 +321,7 @@ class Executor:
 
     def _run(self, plan: StepPlan) -> PendingStep:
         drawing = self._pooler.drawing(plan)
-        adapted = self.adapters is not None and self.adapters.have(plan.rows)
+        adapted = self._has_adapters(plan)
         step = to_device(plan, drawing, self._state, self.block_size, has_adapters=adapted)
         if self._pooler:
             step.batch.token_types = self._pooler.token_types(plan)

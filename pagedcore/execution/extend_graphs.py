@@ -36,6 +36,7 @@ class _Key:
     num_single: int
     num_tokens: int
     kind: DrawKind
+    has_adapters: bool = False
 
     @property
     def num_seqs(self) -> int:
@@ -72,8 +73,9 @@ class ExtendGraphs:
         self._uses: Counter[_Key] = Counter()
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
         self._ahead = [
-            _Key(n, tokens, kind)
+            _Key(n, tokens, kind, has_adapters)
             for n in self._singles
+            for has_adapters in ([False] if state.adapter_slots is None else [False, True])
             for kind in (DrawKind.PLAIN, DrawKind.GREEDY)
             for tokens in reversed(self._tokens)
         ]
@@ -88,7 +90,7 @@ class ExtendGraphs:
             and plan.num_tokens - num_single <= self._tokens[-1]
         )
 
-    def run(self, plan: StepPlan, kind: DrawKind) -> Tensor | None:
+    def run(self, plan: StepPlan, kind: DrawKind, *, has_adapters: bool = False) -> Tensor | None:
         """Start a step that `suits`; None: not captured. The result is as `DecodeGraphs.run`'s."""
         num_single, num_seqs = plan.num_single, len(plan.rows)
         num_tokens = plan.num_tokens - num_single
@@ -96,6 +98,7 @@ class ExtendGraphs:
             next(n for n in self._singles if n >= num_single),
             next(n for n in self._tokens if n >= num_tokens),
             kind,
+            has_adapters,
         )
         graph = self._graphs.get(key)
         if graph is None:
@@ -150,6 +153,7 @@ class ExtendGraphs:
             num_single=key.num_single,
             max_query_len=key.num_tokens,
             max_context_len=state.tokens.shape[1] - 1,
+            has_adapters=key.has_adapters,
         )
         drawn, logits = self._step(step, key.kind)
         positions = step.num_known - 1

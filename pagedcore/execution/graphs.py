@@ -12,13 +12,13 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pagedcore.execution.batch import DeviceBatch
+from pagedcore.execution.batch import DeviceBatch, adapters_of
 from pagedcore.execution.device_state import DeviceState
 from pagedcore.execution.logits import upload
 from pagedcore.execution.ops import Ops, StepBatch
@@ -34,6 +34,15 @@ class DrawKind(Enum):
     PLAIN = "plain"
     """Temperatures, and no filter."""
     FILTERED = "filtered"
+
+
+class DecodeKey(NamedTuple):
+    """What a graph is captured for."""
+
+    size: int
+    kind: DrawKind
+    has_adapters: bool = False
+    """Whether tokens may have adapters: without any, they cost nothing."""
 
 
 class DecodeStep(Protocol):
@@ -121,17 +130,22 @@ class DecodeGraphs:
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._last: Int32 | None = None
         self._num_filled = 0
-        self._uses: Counter[tuple[int, DrawKind]] = Counter()
-        self._graphs: dict[tuple[int, DrawKind], torch.cuda.CUDAGraph] = {}
-        self._ahead = [(n, kind) for n in self._sizes for kind in (DrawKind.PLAIN, DrawKind.GREEDY)]
+        self._uses: Counter[DecodeKey] = Counter()
+        self._graphs: dict[DecodeKey, torch.cuda.CUDAGraph] = {}
+        self._ahead = [
+            DecodeKey(n, kind, has_adapters)
+            for n in self._sizes
+            for has_adapters in ([False] if state.adapter_slots is None else [False, True])
+            for kind in (DrawKind.PLAIN, DrawKind.GREEDY)
+        ]
 
-    def run(self, plan: StepPlan, kind: DrawKind) -> Tensor | None:
+    def run(self, plan: StepPlan, kind: DrawKind, *, has_adapters: bool = False) -> Tensor | None:
         """Start a step in which every sequence runs one token and draws one; None: not captured.
 
         Returns int64 [S] on the device, valid until the next step: see `Ops.advance_rows`.
         """
         num_seqs = len(plan.rows)
-        key = (self._bucket_of[num_seqs - 1], kind)
+        key = DecodeKey(self._bucket_of[num_seqs - 1], kind, has_adapters)
         graph = self._graphs.get(key)
         if graph is None:
             self._uses[key] += 1
@@ -154,7 +168,7 @@ class DecodeGraphs:
         """Capture one more of the common graphs in advance, small ones first: those of up to
         `largest` sequences. False when there is none left.
         """
-        while self._ahead and self._ahead[0][0] <= largest:
+        while self._ahead and self._ahead[0].size <= largest:
             key = self._ahead.pop(0)
             if key not in self._graphs:
                 self._capture(key)
@@ -172,21 +186,20 @@ class DecodeGraphs:
         self._positions[:filled].copy_(uploaded[1])
         self._last, self._num_filled = rows, num_seqs
 
-    def _capture(self, key: tuple[int, DrawKind]) -> torch.cuda.CUDAGraph | None:
-        size, kind = key
+    def _capture(self, key: DecodeKey) -> torch.cuda.CUDAGraph | None:
         self._last = None
         self._rows.fill_(self._state.padding_row)
         self._positions.zero_()
         self._num_filled = 0
-        graph = self._recorder.record(lambda: self._run_once(size, kind))
+        graph = self._recorder.record(lambda: self._run_once(key))
         if graph is None:
             return None
         self._graphs[key] = graph
-        logger.debug("captured a decode graph for %d sequences (%s)", size, kind.value)
+        logger.debug("captured a decode graph for %d sequences (%s)", key.size, key.kind.value)
         return graph
 
-    def _run_once(self, size: int, kind: DrawKind) -> None:
-        state, ops = self._state, self._ops
+    def _run_once(self, key: DecodeKey) -> None:
+        state, ops, size = self._state, self._ops, key.size
         rows, positions = self._rows[:size], self._positions[:size]
         num_known = positions + 1
         token_ids, rows_int32, context_len, slots = ops.decode_inputs(
@@ -202,7 +215,8 @@ class DecodeGraphs:
             num_single=size,
             max_query_len=1,
             max_context_len=state.tokens.shape[1] - 1,
+            adapters=adapters_of(state, rows, size) if key.has_adapters else None,
         )
-        drawn, logits = self._step(token_ids, batch, rows, num_known, kind)
+        drawn, logits = self._step(token_ids, batch, rows, num_known, key.kind)
         marked = ops.advance_rows(drawn, logits, state.tokens, rows, positions)
         self._drawn[:size].copy_(marked)

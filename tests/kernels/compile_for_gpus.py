@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from pagedcore.execution.expert_ops import Experts, Routing
+from pagedcore.execution.lora_ops import AdapterStep, LoraWeights
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels import backend
 from pagedcore_kernels.backend import TritonOps
@@ -94,6 +95,21 @@ def main():
     ops.moe(x, *ops.route(x.new_ones(4, 8), routing), Experts(gate_up=gate_up, down=down))
 
     compile_latent_attention(ops)
+    compile_adapters(ops)
+
+
+def compile_adapters(ops):
+    """For the layers of Llama-3.1-8B that are widest in and out, at two ranks."""
+    slots = torch.ones(1100, dtype=torch.int32)
+    for inputs, widths, rank in ((14336, (4096,), 16), (4096, (14336, 14336), 64)):
+        x = torch.empty(1100, inputs, dtype=torch.bfloat16)
+        weights = LoraWeights(
+            a=x.new_empty(2, len(widths) * rank, inputs),
+            b=x.new_empty(2, sum(widths), rank),
+            widths=widths,
+            part_widths=torch.tensor(widths, dtype=torch.int32),
+        )
+        ops.add_lora(x.new_empty(1100, sum(widths)), x, weights, AdapterStep(slots, 64))
 
 
 def compile_latent_attention(ops):

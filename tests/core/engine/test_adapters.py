@@ -130,7 +130,7 @@ def test_memory_of_what_still_runs_counts(tiny, adapters):
         stream = llm.stream(PROMPT, GREEDY, adapter="whole")
         next(stream)
         llm.unload_adapter("whole")
-        with pytest.raises(RequestError, match="still run.*--max-cpu-loras"):
+        with pytest.raises(RequestError, match=r"still run.*--max-cpu-loras"):
             llm.load_adapter("some", adapters.folder / "some")
         list(stream)
         llm.load_adapter("some", adapters.folder / "some")

@@ -1,0 +1,171 @@
+"""Adapters (LoRA): first A x of every token, then B (A x) added to what the layer gave.
+
+    T tokens   L slots   R largest rank, padded   P parts of a layer   K inputs   M tokens at a time
+
+A program takes M neighbouring tokens and the adapters that these have, one after the other, each
+for the tokens that have it. Where every token is a sequence of its own, M is 1: adapters differ
+from token to token, and reading them is all the traffic. Tokens of longer runs share theirs, so
+that M is as large as pays. Nothing is sorted, and nothing is read on the host.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagedcore.execution.lora_ops import AdapterStep, LoraWeights
+
+_ROWS = tl.constexpr(16)
+"""Rows that tensor cores multiply at least."""
+
+_RUN = 64
+"""Tokens at a time of longer runs."""
+
+_FEWEST_INPUTS = 1024
+"""Of a part of the inputs: shorter ones take longer to add up than they gain."""
+
+
+@triton.jit
+def _shrink(
+    x, a, inner, slots, first, end, x_stride, num_tokens,
+    K: tl.constexpr, PR: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A x of tokens first .. end - 1: inner [PARTS, T, PR] float32, each part of some inputs.
+
+    x [T, K] has rows `x_stride` apart; a [L, PR, K]; slots [T] int32, negative for none.
+    """
+    offsets = tl.arange(0, BLOCK_M)
+    tokens = first + tl.program_id(0) * M + offsets
+    inside = (offsets < M) & (tokens < end)
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    part = tl.program_id(2)
+    blocks: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K)
+    begin = part * blocks * BLOCK_K
+    stop = tl.minimum(begin + blocks * BLOCK_K, K)
+    left = tl.load(slots + tokens, inside, -1)
+    result = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    slot = tl.max(left, 0)
+    while slot >= 0:
+        own = left == slot
+        total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        matrix = a + slot.to(tl.int64) * PR * K + rows[None, :] * K
+        for k in range(begin, stop, BLOCK_K):
+            columns = k + tl.arange(0, BLOCK_K)
+            valid = columns < stop
+            places = x + tokens[:, None].to(tl.int64) * x_stride + columns[None, :]
+            piece = tl.load(places, own[:, None] & valid[None, :], 0)
+            weight = tl.load(matrix + columns[:, None], valid[:, None], 0)
+            total = tl.dot(piece, weight, total, input_precision=PRECISION)
+        result = tl.where(own[:, None], total, result)
+        left = tl.where(own, -1, left)
+        slot = tl.max(left, 0)
+    results = inner + (part * num_tokens + tokens[:, None]).to(tl.int64) * PR + rows[None, :]
+    tl.store(results, result, inside[:, None])
+
+
+@triton.jit
+def _expand(
+    y, b, inner, slots, widths, first, end, y_stride, num_tokens, num_outputs,
+    R: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add B times the sum of `inner` to y [T, N], whose rows are `y_stride` apart.
+
+    b [L, N, R]; widths [P] int32 are the outputs of the layer's parts. A program has BLOCK_N
+    outputs of one part.
+    """
+    tile = tl.program_id(1)
+    begin, stop, part, at = 0, 0, 0, 0
+    for p in tl.static_range(P):
+        width = tl.load(widths + p)
+        count = tl.cdiv(width, BLOCK_N)
+        here = (tile >= 0) & (tile < count)
+        begin = tl.where(here, at + tile * BLOCK_N, begin)
+        stop = tl.where(here, at + width, stop)
+        part = tl.where(here, p, part)
+        tile -= count
+        at += width
+    outputs = begin + tl.arange(0, BLOCK_N)
+    valid = outputs < stop
+    offsets = tl.arange(0, BLOCK_M)
+    tokens = first + tl.program_id(0) * M + offsets
+    inside = (offsets < M) & (tokens < end)
+    left = tl.load(slots + tokens, inside, -1)
+    adapted = left >= 0
+    result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    slot = tl.max(left, 0)
+    if slot < 0:
+        return
+    while slot >= 0:
+        own = left == slot
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        matrix = b + (slot.to(tl.int64) * num_outputs + outputs[None, :]) * R
+        for r in range(0, R, BLOCK_R):
+            ranks = r + tl.arange(0, BLOCK_R)
+            weight = tl.load(matrix + ranks[:, None], valid[None, :], 0)
+            held = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for k in range(PARTS):
+                row = (k * num_tokens + tokens[:, None]).to(tl.int64) * (P * R)
+                held += tl.load(inner + row + part * R + ranks[None, :], own[:, None], 0)
+            held = held.to(weight.dtype)
+            total = tl.dot(held, weight, total, input_precision=PRECISION)
+        result = tl.where(own[:, None], total, result)
+        left = tl.where(own, -1, left)
+        slot = tl.max(left, 0)
+    places = y + tokens[:, None].to(tl.int64) * y_stride + outputs[None, :]
+    mask = adapted[:, None] & valid[None, :]
+    before = tl.load(places, mask, 0).to(tl.float32)
+    tl.store(places, (before + result).to(y.dtype.element_ty), mask)
+
+
+def add_lora(
+    y: Tensor, x: Tensor, weights: LoraWeights, step: AdapterStep, *, num_sms: int
+) -> None:
+    """See `LoraOps.add_lora`. Rows of y and x may lie apart; their elements do not."""
+    num_tokens, num_single = len(x), step.num_single
+    if num_single:
+        _add(y, x, weights, step.slots, 0, num_single, 1, num_sms)
+    if num_single < num_tokens:
+        _add(y, x, weights, step.slots, num_single, num_tokens, _RUN, num_sms)
+
+
+def _add(
+    y: Tensor,
+    x: Tensor,
+    weights: LoraWeights,
+    slots: Tensor,
+    first: int,
+    end: int,
+    tokens_at_a_time: int,
+    num_sms: int,
+) -> None:
+    """Add the adapters of tokens first .. end - 1."""
+    num_tokens, rank, num_inner = len(x), weights.rank, weights.a.shape[1]
+    num_inputs = x.shape[1]
+    block_m = max(int(_ROWS.value), tokens_at_a_time)
+    is_single = tokens_at_a_time == 1
+    block_r = _power_of_two_in(rank, 16 if is_single else 64)
+    block_n, block_k = (256, 256) if is_single else (64, 64)
+    groups = triton.cdiv(end - first, tokens_at_a_time)
+    wanted = triton.cdiv(2 * num_sms, groups * (num_inner // block_r))
+    parts = max(1, min(wanted, num_inputs // _FEWEST_INPUTS, 8))
+    inner = torch.empty((parts, num_tokens, num_inner), dtype=torch.float32, device=x.device)
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    _shrink[groups, num_inner // block_r, parts](
+        x, weights.a, inner, slots, first, end, x.stride(0), num_tokens,
+        K=num_inputs, PR=num_inner, PARTS=parts, M=tokens_at_a_time, BLOCK_M=block_m,
+        BLOCK_R=block_r, BLOCK_K=block_k, PRECISION=precision, num_warps=4,
+        num_stages=4 if is_single else 3,
+    )  # fmt: skip
+    tiles = sum(triton.cdiv(width, block_n) for width in weights.widths)
+    _expand[groups, tiles](
+        y, weights.b, inner, slots, weights.part_widths, first, end, y.stride(0), num_tokens,
+        sum(weights.widths), R=rank, P=len(weights.widths), PARTS=parts, M=tokens_at_a_time,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, PRECISION=precision, num_warps=4,
+    )  # fmt: skip
+
+
+def _power_of_two_in(rank: int, most: int) -> int:
+    """The largest power of two that divides a padded rank, at most `most`."""
+    return min(rank & -rank, most)
