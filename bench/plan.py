@@ -19,7 +19,8 @@ from model_shapes import SHAPES
 from pagedcore.config import EngineConfig
 from pagedcore.engine.build import build_engine
 from pagedcore.execution import memory
-from pagedcore.execution.planning import Gpu, plan_engine
+from pagedcore.execution.plan import Gpu
+from pagedcore.execution.planning import plan_engine
 from pagedcore.plugins import load_plugins
 
 

@@ -20,7 +20,7 @@ from pagedcore.sources import find_config
 
 if TYPE_CHECKING:
     from pagedcore.cli.plan_reasons import Setting
-    from pagedcore.execution.planning import Gpu, Plan
+    from pagedcore.execution.plan import Gpu, Plan
 
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -52,6 +52,8 @@ def plan(
     """
     config = EngineConfig.from_options(model=model, **options)
     size = None if gpu is None else parse_gpu(gpu)  # complains before torch is imported
+    if gpu is not None and config.execution.device == "cpu":
+        raise ConfigError("--gpu and --device cpu contradict each other: leave one of them out")
     plugins = load_plugins(config.execution.disable_plugin, config.execution.only_plugin)
     path = Path(model).expanduser()
     folder = (
@@ -61,7 +63,8 @@ def plan(
     )
 
     from pagedcore.cli.plan_reasons import explain
-    from pagedcore.execution.planning import Gpu, plan_engine
+    from pagedcore.execution.plan import Gpu
+    from pagedcore.execution.planning import plan_engine
 
     device = Gpu(total_bytes=size[1], is_a100=size[0]) if size else _gpu_here(config)
     found, resolved = plan_engine(config, folder, plugins, gpu=device, usage=usage)
@@ -90,7 +93,7 @@ def _gpu_here(config: EngineConfig) -> "Gpu | None":
     import torch
 
     from pagedcore.execution.devices import find_device, total_bytes
-    from pagedcore.execution.planning import Gpu
+    from pagedcore.execution.plan import Gpu
 
     device = find_device(config.execution.device)
     if device.type != "cuda":
@@ -156,6 +159,7 @@ def _concurrency(plan: "Plan") -> Table:
 
 def _settings(settings: "Sequence[Setting]") -> Table:
     table = Table("setting", "value", "from", "why", title="Settings")
+    table.columns[0].no_wrap = True
     for setting in settings:
         cells = (setting.name, str(setting.value), setting.origin, setting.why)
         table.add_row(*map(escape, cells))
@@ -170,7 +174,7 @@ def _show_verdict(console: Console, plan: "Plan") -> None:
             console.print(escape(line), soft_wrap=True)
         return
     held = "" if plan.concurrency is None else f" ({plan.concurrency:.1f} in the cache)"
-    count = next(reversed(plan.concurrency_by_length.values()))
+    count = plan.concurrency_by_length[plan.max_model_len]
     console.print(
         f"[green]fits[/]: {count} sequences of {plan.max_model_len} tokens at a time{held}; "
         f"{plan.limit} binds",

@@ -6,7 +6,7 @@ from typing import Any
 
 from pagedcore.cli.flags import field_docs
 from pagedcore.config import EngineConfig, Usage
-from pagedcore.execution.planning import Plan
+from pagedcore.execution.plan import Plan
 from pagedcore.presets import PRESETS
 
 NOT_PLANNED = {
@@ -44,6 +44,7 @@ REASONS: Mapping[str, str] = {
     "async_scheduling": "the device does not wait for the host",
     "max_num_queued_reqs": "8 times as many as run at most by default: more would time out",
     "max_num_queued_tokens": "requests are counted, whatever their length",
+    "enable_lora": "room for adapters is taken from the cache",
     "enforce_eager": "graphs spare the host's time",
 }
 """Why a default is what it is; where nothing is to be said, its declaration says what it does."""
@@ -76,6 +77,8 @@ def explain(
             if (name in NOT_PLANNED and not is_given) or name == "model":
                 continue
             if name in _ELSEWHERE[plan.device] and not is_given:
+                continue
+            if section.name == "lora" and name != "enable_lora" and not resolved.lora.enable_lora:
                 continue
             origin, why = "default", REASONS.get(name) or docs[name]
             if name in found:

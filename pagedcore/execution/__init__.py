@@ -19,6 +19,7 @@ safetensors_file.py, weight_reader.py   a file's header, and its tensors on the 
 random_weights.py  RandomWeights: `load_format=dummy`
 devices.py         which device, in what type
 memory.py          how many blocks the cache gets
+survey.py, planning.py, plan.py   the same from a config.json alone, for a device that is elsewhere
 kv_cache.py        allocates them, and measures what else a step needs
 device_state.py    what the device keeps of each row: tokens, lengths, block tables
 batch.py           a `StepPlan` as tensors: the one crossing from bookkeeping to the device

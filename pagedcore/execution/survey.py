@@ -9,7 +9,7 @@ safetensors lie beside it, they are believed over what config.json leaves open.
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from pagedcore.cache_spec import CacheGroup, group_layers
 from pagedcore.config import EngineConfig
 from pagedcore.errors import ConfigError, ModelError
+from pagedcore.execution.adapter_store import build_adapted
 from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.devices import choose_dtype
 from pagedcore.execution.expert_ops import Experts, Routing
@@ -68,10 +69,7 @@ class Survey:
     num_layers: int
     vocab_size: int
     weight_bytes: int
-    """Of all tensors of the model, with rotary tables."""
-
-    stored_bytes: int
-    """Of its tensors, as a checkpoint holds them."""
+    """Of all tensors of the model, with rotary tables and room for adapters."""
 
     hidden_size: int
     widest_step: int
@@ -124,6 +122,9 @@ def survey(
     model = model_class(build)
     checkpoint.check_all_taken()
     groups = group_layers(model.cache_specs)
+    if config.lora.enable_lora:
+        without = replace(config.lora, lora_modules=())  # which have room whether there or not
+        model, _ = build_adapted(model_class, build, without, is_decoder=bool(groups))
     if not groups:
         own_length = longest_prompt(model, own_length)
         check_asked_length(asked, own_length)
@@ -141,7 +142,6 @@ def survey(
         vocab_size=model.vocab_size,
         weight_bytes=storage_bytes(part for part in parts if isinstance(part, Tensor))
         + (0 if on_gpu else _copied_bytes(parts, ops, dtype)),
-        stored_bytes=checkpoint.num_bytes,
         hidden_size=hidden_size,
         widest_step=_widest(parts, hidden_size),
         notes=tuple(notes),

@@ -161,6 +161,7 @@ def test_of_a_hub_config_json_alone_is_fetched(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--gpu", "24GiB", "--device", "cpu"], "contradict each other"),
         (["--gpu", "24"], "gpu must be an amount of memory"),
         (["--gpu", "24GiB", "--max-model-len", "50000"], "the model's own 40960"),
         (["--gpu", "24GiB", "--quantization", "fp9"], "did you mean 'fp8'"),

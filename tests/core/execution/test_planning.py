@@ -11,9 +11,11 @@ from pagedcore import EngineConfig, hookimpl
 from pagedcore.errors import ConfigError, ModelError
 from pagedcore.execution import memory
 from pagedcore.execution.loading import build_executor
-from pagedcore.execution.planning import Gpu, plan_engine, share_out
+from pagedcore.execution.plan import Gpu
+from pagedcore.execution.planning import plan_engine, share_out
 from pagedcore.execution.survey import parts_of, storage_bytes, survey
 from pagedcore.plugins import collect, load_plugins
+from pagedcore.testing.written_formats import awq, bitsandbytes_4, float_blocks, gptq, whole_numbers
 
 GIB = memory.GIB
 LLAMA_8B = {
@@ -106,6 +108,7 @@ def test_every_family_is_planned_within_5_percent_of_what_a_start_allocates(
         {"num_gpu_blocks_override": 37, "block_size": 32},
         {"max_model_len": -1, "cpu_kv_cache_gib": 0.0002},
         {"preset": "low-latency", "max_num_seqs": 3},
+        {"enable_lora": True, "max_loras": 4},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -121,6 +124,29 @@ def test_settings_change_a_plan_as_they_change_a_start(options, folder):
     assert plan.cache_bytes == cache
     assert (plan.num_blocks, plan.max_model_len) == (executor.num_blocks, executor.max_model_len)
     assert resolved == executor.config
+
+
+STORED = {
+    "gptq": gptq(4, 64, symmetric=False, version=1, reorders=False),
+    "awq": awq(64),
+    "whole numbers": whole_numbers(),
+    "float blocks": float_blocks(),
+    "bitsandbytes": bitsandbytes_4(nested=True),
+}
+
+
+@pytest.mark.parametrize("form", STORED)
+def test_weights_of_few_bits_are_counted_as_they_are_kept(form, folder):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    config = {**CASES["LlamaForCausalLM"].config, **sizes, "architectures": ["LlamaForCausalLM"]}
+    path = folder({**config, "quantization_config": dict(STORED[form].config)})
+    engine = EngineConfig.from_options(
+        load_format="dummy", dtype="bfloat16", cpu_kv_cache_gib=0.005, backend="torch", device="cpu"
+    )
+    plan, _ = plan_engine(engine, path, PLUGINS, gpu=None)
+    assert plan.quantization == STORED[form].config["quant_method"]
+    executor = build_executor(engine, path, PLUGINS, "serve")
+    assert plan.weight_bytes == pytest.approx(allocated(executor)[0], rel=0.05)
 
 
 def test_weights_and_cache_of_a_known_model_are_the_published_ones(plan):
@@ -172,7 +198,9 @@ def test_a_plan_that_does_not_fit_says_what_would(plan):
     assert f"--max-model-len {found.longest_that_fits}" in changes
     assert "--quantization fp8 --max-model-len auto" in changes
     assert plan(24, max_model_len=found.longest_that_fits).fits
-    assert not plan(24, max_model_len=found.longest_that_fits + 1024).fits  # rotary tables shrink too
+    assert not plan(
+        24, max_model_len=found.longest_that_fits + 1024
+    ).fits  # rotary tables shrink too
     larger = next(change for change in changes if change.startswith("a GPU of "))
     assert plan(float(larger.split()[3]) + 0.01).fits
     assert not plan(float(larger.split()[3]) - 0.1).fits
