@@ -1,8 +1,8 @@
 """docs/models.md: what models there are, by a run of the model kit over every family.
 
-    python -m pagedcore.testing.model_table > docs/models.md
+    python -m pagedcore.testing.model_table --triton > docs/models.md
 
-`--triton` runs it in Triton's interpreter, too, which takes a quarter of an hour.
+`--triton` runs it in Triton's interpreter, too: five minutes in place of half of one.
 """
 
 import os
@@ -23,7 +23,7 @@ HEAD = """# Models
 A checkpoint runs if one of these classes stands in `architectures` of its `config.json`. This
 page is printed by
 
-    python -m pagedcore.testing.model_table > docs/models.md
+    python -m pagedcore.testing.model_table --triton > docs/models.md
 
 which runs the model kit over every family: logits against `transformers`, on a tiny random
 checkpoint, of prompts whole and in chunks, decoded, side by side, with scattered and whole
@@ -36,7 +36,8 @@ default where no class below has its name, and with `--model-impl transformers`.
 
 *Cache* is what layers keep of the past: *all* of it, a *window* that is let go behind, a *latent*
 vector in place of keys and values, or *none*. [Formats](quantization.md) apply to *linear*
-layers, and to *experts* where a format has them.
+layers, and to *experts* where a format has them. *Triton* is our kernels in Triton's interpreter,
+in float32 and, since that cannot multiply bfloat16, float16.
 """
 
 ANY = "*"
