@@ -45,6 +45,9 @@ from pagedcore.plugins import choose, collect
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
 _LEAVES = (str, bytes, int, float, bool, type, ModuleType, BuiltinFunctionType)
+_CANDIDATES = 8 * 4096
+"""Bytes of the lists in which a draw with filters keeps a row's best tokens."""
+
 _BOOKKEEPING = 32
 """Bytes of a step's lists for each token: its id, position, slots and row."""
 
@@ -81,14 +84,16 @@ class Survey:
     def step_bytes(self, num_tokens: int, num_seqs: int) -> int:
         """Peak of the largest step, beside the weights: an estimate.
 
-        In a layer, T rows hold the stream, and what goes in and comes out of the two products that
-        follow each other and are widest together. At the end, T rows of hidden states are still
-        there while S rows of logits are drawn from, in float32.
+        In a layer, T rows hold the stream, what attention added to it, and what goes in and comes
+        out of the two products that follow each other and are widest together. At the end, T rows
+        of hidden states are still there while S rows of logits are drawn from, in float32.
         """
-        size = self.dtype.itemsize
-        layer = num_tokens * (self.hidden_size + self.widest_step) * size
-        draw = num_tokens * self.hidden_size * size if self.groups else 0
-        draw += num_seqs * (4 * self.vocab_size + self.hidden_size * size) if self.groups else 0
+        size, h = self.dtype.itemsize, self.hidden_size
+        layer = num_tokens * (2 * h + self.widest_step) * size
+        draw = 0
+        if self.groups:
+            draw = num_tokens * h * size
+            draw += num_seqs * (4 * self.vocab_size + h * size + _CANDIDATES)
         return max(layer, draw) + num_tokens * _BOOKKEEPING
 
 
@@ -237,9 +242,9 @@ def _widest(parts: list[object], hidden_size: int) -> int:
         if isinstance(part, Routing):
             chosen = part.num_chosen
         elif isinstance(part, Experts):
-            width = part.down.shape[-1]  # a token's rows, once through each of its experts
-            products += [(hidden_size, chosen * width), (chosen * width, chosen * hidden_size)]
+            rows = chosen * part.down.shape[-1]  # of a token, once through each of its experts
+            products += [(hidden_size, rows), (0, (chosen + 1) * hidden_size)]  # and their sum
         elif hasattr(part, "in_features") and hasattr(part, "out_features"):
             products.append((int(part.in_features), int(part.out_features)))
-    following = [inputs for inputs, _ in products[1:]] + [0]
-    return max((i + o + n for (i, o), n in zip(products, following, strict=True)), default=0)
+    sums = [inputs + outputs for inputs, outputs in products]
+    return max(map(sum, zip(sums, [*sums[1:], 0], strict=True)), default=0)
