@@ -233,6 +233,8 @@ class Executor:
         """Bring what the device keeps of each row up to date."""
         if plan.admitted:
             self._kind = None
+            if self._graphs is not None:
+                self._graphs.forget_rows()  # the same rows may have other sequences
             if self.adapters is not None:
                 self.adapters.admit(plan.admitted)
             self._state.admit(plan.admitted)

@@ -161,7 +161,9 @@ class DecodeGraphs:
         return self._drawn[:num_seqs]
 
     def forget_rows(self) -> None:
-        """A step ran that these graphs did not: positions have to be uploaded again."""
+        """Positions have to be uploaded again: a step ran that these graphs did not, or a row has
+        another sequence now.
+        """
         self._last = None
 
     def capture_next(self, largest: int) -> bool:

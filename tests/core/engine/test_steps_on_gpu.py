@@ -166,6 +166,16 @@ def test_short_extensions_as_graphs_change_no_token(make, seed):
         assert run_late(engine, asked, 1000 * round_ + 500, **wishes) == wanted
 
 
+def test_a_prompt_of_one_token_in_a_row_that_has_just_been_left_changes_no_token(make):
+    rng = np.random.default_rng(5)
+    asked = [rng.integers(0, 1024, n).astype(np.int32) for n in (9, 1, 1, 5, 1)]
+    eager = make(enforce_eager=True, async_scheduling=False)
+    wanted = [run(eager, [prompt], i)[0] for i, prompt in enumerate(asked)]
+    for overlapped in (False, True):
+        engine = make(async_scheduling=overlapped)
+        assert [run(engine, [prompt], i)[0] for i, prompt in enumerate(asked)] == wanted
+
+
 def test_graphs_that_are_prepared_in_advance_give_the_same_tokens(make, expected):
     engine = make()
     while engine.prepare():
