@@ -95,6 +95,7 @@ def packed_kernel(
     PREFETCH: tl.constexpr,
     EVEN: tl.constexpr,
     Q: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
@@ -118,7 +119,8 @@ def packed_kernel(
     output = tl.program_id(0) * BN + tl.arange(0, BN)
     safe = tl.minimum(output, padded_outputs - 1)
     run = (safe // 16).to(tl.int64) * num_blocks * (16 * WIDTH) + safe % 16 * WIDTH
-    column = tl.arange(0, Q)
+    SPLITS: tl.constexpr = Q // COLUMNS  # steps that a block takes
+    column = tl.arange(0, COLUMNS)
     x_row = row.to(tl.int64) * x_stride
     if DEPENDENT:
         if EARLY:
@@ -152,11 +154,12 @@ def packed_kernel(
         output_at = safe
         sum_at = tl.minimum(row, num_rows - 1)[None, :] * num_groups
         total = tl.zeros([BN, BM], tl.float32)
-    for step in tl.range(0, 1 if ONCE else span, num_stages=1 if ONCE else STAGES):
-        block = start + step
+    for step in tl.range(0, 1 if ONCE else span * SPLITS, num_stages=1 if ONCE else STAGES):
+        block = start + step // SPLITS
+        skipped = step % SPLITS * COLUMNS
         known = block if EVEN else tl.minimum(block, num_blocks - 1)
         in_tile = tl.expand_dims(known, 2) if SLICES > 1 else known
-        source = words + word_at + in_tile * (16 * WIDTH)
+        source = words + word_at + in_tile * (16 * WIDTH) + skipped
         if GROUP == 0:
             group = known * 0
         elif GROUP >= BLOCK:
@@ -171,7 +174,7 @@ def packed_kernel(
         scale = scale_of(scales, output_at, padded_outputs, group, SCALE_TYPE)
         if ONCE and DEPENDENT:  # weights do not depend on anything: all were asked for by now
             tl.extra.cuda.gdc_wait()
-        factor = x + x_at + in_tile * BLOCK
+        factor = x + x_at + in_tile * BLOCK + skipped
         if EVEN:
             x0 = tl.load(factor, is_row, 0.0)
             x1 = tl.load(factor + Q, is_row, 0.0)
@@ -179,6 +182,7 @@ def packed_kernel(
             x3 = tl.load(factor + 3 * Q, is_row, 0.0)
         else:
             k = (tl.expand_dims(block, 2) if SLICES > 1 else block) * BLOCK
+            k += skipped
             k += column[None, :, None] if SLICES > 1 else column[:, None]
             x0 = tl.load(factor, is_row & (k < num_inputs), 0.0)
             x1 = tl.load(factor + Q, is_row & (k < num_inputs - Q), 0.0)
@@ -209,7 +213,8 @@ def packed_kernel(
                     minimum = tl.load(minima + (group + share) * padded_outputs + output_at)
                     of_all = block * COUNT + share
                     of_all = tl.expand_dims(of_all, 2) if SLICES > 1 else of_all
-                    given = tl.load(row_sums + sum_at + of_all, of_all < num_groups, 0.0)
+                    is_new = (of_all < num_groups) & (skipped == 0)
+                    given = tl.load(row_sums + sum_at + of_all, is_new, 0.0)
                     total += tl.expand_dims(minimum, -1) * given
     if DEPENDENT and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()

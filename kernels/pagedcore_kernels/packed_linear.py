@@ -91,6 +91,7 @@ def _multiply(
     grid = triton.cdiv(weight.num_outputs, plan.bn), triton.cdiv(num_rows, bm)
     parts = 1 if scratch is None else plan.parts
     span = triton.cdiv(num_blocks, parts * plan.slices)
+    columns = max(16, weight.quarter // 2) if plan.halves else weight.quarter
     partial, arrivals, row_sums = None, None, None
     if scratch is not None and parts > 1:
         tiles = grid[0] * grid[1]
@@ -123,11 +124,12 @@ def _multiply(
         SLICES=plan.slices,
         PARTS=parts,
         STAGES=plan.num_stages,
-        ONCE=span == 1,
+        ONCE=span == 1 and not plan.halves,
         EARLY=plan.early,
         PREFETCH=plan.prefetch,
         EVEN=num_inputs % (4 * weight.quarter) == 0 and span * parts * plan.slices == num_blocks,
         ASSEMBLY=_assembly(x, weight),
+        COLUMNS=columns,
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         DEPENDENT=dependent,

@@ -26,7 +26,8 @@ class PackedPlan:
     With more than one of `slices`, groups of warps share the blocks among them; with as many as
     there are blocks, all of them are under way at once. A dependent kernel with `prefetch` asks for
     so many blocks of each slice before it waits; if it is `early`, the next one may start when it
-    does, and otherwise when it has all its sums.
+    does, and otherwise when it has all its sums. With `halves`, a step takes half of each quarter:
+    of many rows, more steps are under way then.
     """
 
     bn: int = 128
@@ -36,6 +37,7 @@ class PackedPlan:
     num_stages: int = 4
     prefetch: int = 0
     early: bool = False
+    halves: bool = False
 
 
 def is_plan(plan: PackedPlan) -> bool:
@@ -65,7 +67,7 @@ def choose_plan(m: int, n: int, k: int, quarter: int = 32) -> PackedPlan | None:
     blocks = max(1, k // (4 * quarter))
     slices = min(plan.slices, _power_of_2_below(blocks))
     parts = min(plan.parts, _power_of_2_below(max(1, blocks // slices)))
-    return replace(plan, slices=slices, parts=parts)
+    return replace(plan, slices=slices, parts=parts, halves=plan.halves and quarter == 64)
 
 
 def fit(
@@ -76,6 +78,8 @@ def fit(
     A block has `of_weight` bytes for each output, and `of_rows` for each of the m rows.
     """
     bm = rows_per_program(m)
+    if plan.halves:
+        of_weight, of_rows = of_weight // 2 + 8, of_rows // 2
     while True:
         behind = plan.num_stages - 1  # stages that are under way while one is multiplied
         is_read_there = plan.slices == 1 and bm >= 16 and plan.bn >= 64 and plan.num_warps >= 4
@@ -92,21 +96,23 @@ def fit(
 
 def _for_few_outputs(m: int, n: int, k: int) -> PackedPlan:
     if m <= 8:
-        return PackedPlan(32, 4, 1, 4, 6) if n <= 4224 else PackedPlan(64, 4, 4, 4, 4)
+        if n > 4224:
+            return PackedPlan(64, 4, 4, 4, 4)
+        return PackedPlan(64, 4, 2, 4, 4) if m > 1 and k > 8192 else PackedPlan(32, 4, 1, 4, 6)
     if m <= 16:
         return PackedPlan(128, 1, _parts(n, 128, 264), 4, 4)
     if m <= 64:
         if k > 8192:
-            return PackedPlan(128, 1, _parts(n, 128, 264), 4, 3)
+            stages = 3 if m <= 32 else 4
+            return PackedPlan(128, 1, _parts(n, 128, 264), 4, stages, halves=m > 32)
         return PackedPlan(64, 1, _parts(n, 64, 264 if m <= 32 else 132), 4, 4)
-    return PackedPlan(128, 1, _parts(n, 128, 132 if m <= 128 else 66), 8, 3)
+    parts = _parts(n, 128, 132 if m <= 128 else 66)
+    return PackedPlan(128, 1, parts, 8, 3, 8, early=True, halves=True)
 
 
 def _for_many_outputs(m: int) -> PackedPlan:
-    if m <= 8:
-        return PackedPlan(128, 1, 4, 4, 5)
     if m <= 16:
-        return PackedPlan(128, 1, 2, 4, 4, 0, early=True)
+        return PackedPlan(128, 1, 2, 4, 4)
     if m <= 64:
         return PackedPlan(128, 1, 1, 4, 4 if m <= 32 else 3)
     return PackedPlan(128, 1, 1, 8, 4)
@@ -130,6 +136,8 @@ def candidate_plans(m: int, n: int, k: int, quarter: int = 32) -> Iterator[Packe
         if slices * parts > max(blocks, 1) or bn > max(n, 32):
             continue
         yield PackedPlan(bn, slices, parts, num_warps, num_stages)
+        if m > 32 and quarter == 64:
+            yield PackedPlan(bn, slices, parts, num_warps, num_stages, halves=True)
         if m > 64 or slices >= 16 or (m > 8 and n >= _MANY_OUTPUTS):
             yield PackedPlan(bn, slices, parts, num_warps, num_stages, 8, early=True)
 

@@ -1,7 +1,7 @@
 """Plans of packed products that were measured on this machine, kept on disk.
 
 $PAGEDCORE_CACHE/plans/<device>-<triton's version>.json
-    {"version": 1, "packed": {"<case>": [bn, slices, parts, ...] or null}}
+    {"version": 2, "packed": {"<case>": [bn, slices, parts, ...] or null}}
 
 `pagedcore bench kernels --tune packed` writes the file; the backend reads it when it starts. A file
 that cannot be read, or holds what no plan may be, counts as none, with a warning: then plans come
@@ -32,7 +32,7 @@ from pagedcore_kernels.packed_plans import (
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the kernel: plans for another are forgotten."""
 
 MAX_BYTES = 1 << 22

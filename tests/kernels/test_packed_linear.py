@@ -117,6 +117,19 @@ def test_rows_of_any_number_times_a_scale_for_each_output(plan, m, n, k):
     assert_is_product(linear(x, pack(weight), None, Scratch(x.device), plan=plan), x, weight)
 
 
+@pytest.mark.parametrize(("bits", "group", "kind"), [(4, 64, "minima"), (8, 128, "zeros")])
+@pytest.mark.parametrize("plan", PLANS[1:], ids=str)
+def test_a_step_may_take_half_of_each_quarter(plan, bits, group, kind):
+    weight, x = draw(21, 640, bits, group, kind), rows(3, 640)
+    for quarter in (32, 64):
+        out = linear(x, pack(weight, quarter), plan=replace(plan, halves=True))
+        assert_is_product(out, x, weight)
+        out = linear(
+            x, pack(weight, quarter), None, Scratch(x.device), plan=replace(plan, halves=True)
+        )
+        assert_is_product(out, x, weight)
+
+
 def test_without_scratch_inputs_are_not_cut_between_programs():
     weight, x = draw(16, 512, 4, 128), rows(2, 512)
     assert_is_product(linear(x, pack(weight), plan=PackedPlan(16, 1, 4)), x, weight)

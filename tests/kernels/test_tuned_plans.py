@@ -18,8 +18,8 @@ from pagedcore_kernels.tuned_plans import (
     save_plans,
 )
 
-PLAN = PackedPlan(64, 2, 4, 8, 3, 0, early=False)
-ROW = [64, 2, 4, 8, 3, 0, False]
+PLAN = PackedPlan(64, 2, 4, 8, 3, 0, early=False, halves=True)
+ROW = [64, 2, 4, 8, 3, 0, False, True]
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def test_without_a_file_plans_come_from_the_shape(tmp_path, weight, caplog):
         "{",
         "[]",
         "null",
-        '{"version": 1}',
-        '{"version": 1, "packed": []}',
+        '{"version": 2}',
+        '{"version": 2, "packed": []}',
         "[" * 100_000,
         *(
             json.dumps({"version": VERSION, "packed": {"a case": row}})
