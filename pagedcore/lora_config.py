@@ -8,6 +8,9 @@ from pagedcore.errors import ConfigError
 
 MAX_RANK = 512
 MAX_SLOTS = 1024
+MAX_NAME = 255
+"""Characters of an adapter's name."""
+
 _NAME = re.compile(r"[^\s\x00-\x1f](?:[^\x00-\x1f]{0,253}[^\s\x00-\x1f])?")
 
 

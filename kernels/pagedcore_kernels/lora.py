@@ -26,14 +26,23 @@ _FEWEST_INPUTS = 1024
 
 
 @triton.jit
+def _slots_with(slots, inside, present, P: tl.constexpr, part):
+    """The slots of tokens whose adapters change this part of the layer; -1 for all others."""
+    slot = tl.load(slots, inside, -1)
+    has = tl.load(present + slot * P + part, slot >= 0, 0)
+    return tl.where(has > 0, slot, -1)
+
+
+@triton.jit
 def _shrink(
-    x, a, inner, slots, first, end, x_stride, num_tokens,
-    K: tl.constexpr, PR: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x, a, inner, slots, present, first, end, x_stride, num_tokens,
+    K: tl.constexpr, PR: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A x of tokens first .. end - 1: inner [PARTS, T, PR] float32, each part of some inputs.
 
-    x [T, K] has rows `x_stride` apart; a [L, PR, K]; slots [T] int32, negative for none.
+    x [T, K] has rows `x_stride` apart; a [L, PR, K]; slots [T] int32, negative for none; present
+    [L, P] int32.
     """
     offsets = tl.arange(0, BLOCK_M)
     tokens = first + tl.program_id(0) * M + offsets
@@ -43,7 +52,7 @@ def _shrink(
     blocks: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K)
     begin = part * blocks * BLOCK_K
     stop = tl.minimum(begin + blocks * BLOCK_K, K)
-    left = tl.load(slots + tokens, inside, -1)
+    left = _slots_with(slots + tokens, inside, present, PR // R, tl.program_id(1) * BLOCK_R // R)
     result = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     slot = tl.max(left, 0)
     while slot >= 0:
@@ -66,7 +75,7 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    y, b, inner, slots, widths, first, end, y_stride, num_tokens, num_outputs,
+    y, b, inner, slots, present, widths, first, end, y_stride, num_tokens, num_outputs,
     R: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +100,7 @@ def _expand(
     offsets = tl.arange(0, BLOCK_M)
     tokens = first + tl.program_id(0) * M + offsets
     inside = (offsets < M) & (tokens < end)
-    left = tl.load(slots + tokens, inside, -1)
+    left = _slots_with(slots + tokens, inside, present, P, part)
     adapted = left >= 0
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     slot = tl.max(left, 0)
@@ -153,16 +162,17 @@ def _add(
     inner = torch.empty((parts, num_tokens, num_inner), dtype=torch.float32, device=x.device)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     _shrink[groups, num_inner // block_r, parts](
-        x, weights.a, inner, slots, first, end, x.stride(0), num_tokens,
-        K=num_inputs, PR=num_inner, PARTS=parts, M=tokens_at_a_time, BLOCK_M=block_m,
+        x, weights.a, inner, slots, weights.present, first, end, x.stride(0), num_tokens,
+        K=num_inputs, PR=num_inner, R=rank, PARTS=parts, M=tokens_at_a_time, BLOCK_M=block_m,
         BLOCK_R=block_r, BLOCK_K=block_k, PRECISION=precision, num_warps=4,
         num_stages=4 if is_single else 3,
     )  # fmt: skip
     tiles = sum(triton.cdiv(width, block_n) for width in weights.widths)
     _expand[groups, tiles](
-        y, weights.b, inner, slots, weights.part_widths, first, end, y.stride(0), num_tokens,
-        sum(weights.widths), R=rank, P=len(weights.widths), PARTS=parts, M=tokens_at_a_time,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, PRECISION=precision, num_warps=4,
+        y, weights.b, inner, slots, weights.present, weights.part_widths, first, end, y.stride(0),
+        num_tokens, sum(weights.widths), R=rank, P=len(weights.widths), PARTS=parts,
+        M=tokens_at_a_time, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r,
+        PRECISION=precision, num_warps=4,
     )  # fmt: skip
 
 

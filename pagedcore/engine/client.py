@@ -170,7 +170,7 @@ class EngineClient:
                 raise RuntimeError(chunk.message or "the engine gave no vector")
         raise RuntimeError("the engine gave no vector")
 
-    async def call(self, name: str, *, timeout_s: float = 5.0, **arguments: Any) -> Any:
+    async def call(self, name: str, /, *, timeout_s: float = 5.0, **arguments: Any) -> Any:
         """Ask the engine for `ping`, `stats`, `reset_prefix_cache`, `adapters`, `load_adapter`
         (`name`, `folder`) or `unload_adapter` (`name`).
 

@@ -77,6 +77,7 @@ class AdapterPool:
                 b=torch.zeros(slots, sum(widths), rank, dtype=dtype, device=device),
                 widths=tuple(widths),
                 part_widths=torch.tensor(widths, dtype=torch.int32, device=device),
+                present=torch.zeros(slots, len(names), dtype=torch.int32, device=device),
             )
         except RuntimeError as error:  # what torch raises where memory runs out
             raise ConfigError(
@@ -102,6 +103,7 @@ class AdapterPool:
         for weights in layers.values():
             weights.a[slot].zero_()
             weights.b[slot].zero_()
+            weights.present[slot].zero_()
         for name, own in matrices.items():
             part = self._parts[name]
             weights, rank = part.weights, len(own.a)
@@ -109,6 +111,7 @@ class AdapterPool:
             weights.a[slot, first : first + rank].copy_(own.a, non_blocking=True)
             rows = weights.b[slot].split(weights.widths)[part.index]
             rows[:, :rank].copy_(own.b, non_blocking=True)
+            weights.present[slot, part.index].fill_(1)
         self._content[slot] = key
 
 

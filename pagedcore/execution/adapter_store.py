@@ -1,6 +1,6 @@
 """The adapters (LoRA) that an engine has loaded: in the host's memory, by name."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pagedcore.execution.adapter_files import Adapter, read_adapter
 from pagedcore.execution.adapter_pool import AdaptedModel, AdaptedQuantizer, AdapterPool
 from pagedcore.execution.model import Model, ModelBuild
 from pagedcore.lora_config import LoraConfig, check_adapter_name
-from pagedcore.step import Admission, Int32
+from pagedcore.step import Int32, StepPlan
 
 
 class AdapterStore:
@@ -50,8 +50,12 @@ class AdapterStore:
             dtype=self._dtype,
             lock_pages=self._pool.device.type == "cuda",
         )
+        self.add(name, adapter, str(folder))
+
+    def add(self, name: str, adapter: Adapter, path: str = "") -> None:
+        """Give an adapter that was read or made a name, which must be free."""
         self._adapters.setdefault(adapter.key, adapter)
-        self._keys[name], self._paths[name] = adapter.key, str(folder)
+        self._keys[name], self._paths[name] = adapter.key, path
 
     def unload(self, name: str, in_use: Collection[str] = ()) -> bool:
         """Forget a name, and its memory once nothing runs with it (LORA-2); False if unknown."""
@@ -69,20 +73,19 @@ class AdapterStore:
         """Folders by name, in the order in which they were loaded."""
         return dict(self._paths)
 
-    def admit(self, admissions: Sequence[Admission]) -> None:
-        """Bring the adapters of rows that start to the device, unless they are there already."""
-        for admission in admissions:
+    def begin_step(self, plan: StepPlan) -> bool:
+        """Bring the adapters of rows that start to the device, unless they are there already.
+
+        Returns whether any row of the step has one.
+        """
+        for admission in plan.admitted:
             self._rows.discard(admission.row)
             if admission.adapter_slot >= 0:
                 key = admission.request.adapter_key
                 self._pool.place(admission.adapter_slot, key, self._adapters[key].matrices)
                 self._rows.add(admission.row)
-        self._last = None
-
-    def have(self, rows: Int32) -> bool:
-        """Whether any of these rows has an adapter."""
-        if self._last is None or self._last[0] is not rows:
-            self._last = (rows, not self._rows.isdisjoint(rows.tolist()))
+        if plan.admitted or self._last is None or self._last[0] is not plan.rows:
+            self._last = (plan.rows, not self._rows.isdisjoint(plan.rows.tolist()))
         return self._last[1]
 
     def _forget(self, in_use: Collection[str]) -> None:

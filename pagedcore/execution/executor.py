@@ -142,6 +142,7 @@ class Executor:
         )
         self.adapters = adapters
         """What requests may choose by name; None without room for any."""
+        self._has_adapters = False
         self.logits_processors = LogitsProcessors(
             logits_processors or {}, vocab_size=model.vocab_size, device=device
         )
@@ -231,12 +232,12 @@ class Executor:
 
     def _begin(self, plan: StepPlan) -> None:
         """Bring what the device keeps of each row up to date."""
+        if self.adapters is not None:
+            self._has_adapters = self.adapters.begin_step(plan)
         if plan.admitted:
             self._kind = None
             if self._graphs is not None:
                 self._graphs.forget_rows()  # the same rows may have other sequences
-            if self.adapters is not None:
-                self.adapters.admit(plan.admitted)
             self._state.admit(plan.admitted)
             self._sampler.admit(plan.admitted)
             self._pooler.admit(plan.admitted)
@@ -250,9 +251,6 @@ class Executor:
             self._prompts.pop(admission.row, None)
             if self._sampler.wants_prompt_logprobs(admission.row) is not None:
                 self._prompts[admission.row] = admission.request.prompt_token_ids
-
-    def _has_adapters(self, plan: StepPlan) -> bool:
-        return self.adapters is not None and self.adapters.have(plan.rows)
 
     def _copy(self, copies: Int32) -> None:
         for number, group in enumerate(self.groups):
@@ -276,10 +274,10 @@ class Executor:
             return None
         kind = self._draw_kind(plan.rows) if plan.samples.all() else None
         if kind is not None and plan.num_single == len(plan.rows):
-            return self._graphs.run(plan, kind, has_adapters=self._has_adapters(plan))
+            return self._graphs.run(plan, kind, has_adapters=self._has_adapters)
         self._graphs.forget_rows()
         if kind is not None and not self._prompts and self._extend_graphs.suits(plan):
-            return self._extend_graphs.run(plan, kind, has_adapters=self._has_adapters(plan))
+            return self._extend_graphs.run(plan, kind, has_adapters=self._has_adapters)
         return None
 
     def _draw_kind(self, rows: Int32) -> DrawKind | None:
@@ -323,8 +321,8 @@ class Executor:
 
     def _run(self, plan: StepPlan) -> PendingStep:
         drawing = self._pooler.drawing(plan)
-        adapted = self._has_adapters(plan)
-        step = to_device(plan, drawing, self._state, self.block_size, has_adapters=adapted)
+        has = self._has_adapters
+        step = to_device(plan, drawing, self._state, self.block_size, has_adapters=has)
         if self._pooler:
             step.batch.token_types = self._pooler.token_types(plan)
         self._ops.begin_step(step.batch)

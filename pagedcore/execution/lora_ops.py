@@ -33,6 +33,9 @@ class LoraWeights:
     part_widths: Tensor
     """[P] int32: the same, on the device."""
 
+    present: Tensor
+    """[L, P] int32: 0 where an adapter leaves a part as it is, so that nothing need be read."""
+
     @property
     def rank(self) -> int:
         """R"""

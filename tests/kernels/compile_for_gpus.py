@@ -108,6 +108,7 @@ def compile_adapters(ops):
             b=x.new_empty(2, sum(widths), rank),
             widths=widths,
             part_widths=torch.tensor(widths, dtype=torch.int32),
+            present=torch.ones(2, len(widths), dtype=torch.int32),
         )
         ops.add_lora(x.new_empty(1100, sum(widths)), x, weights, AdapterStep(slots, 64))
 

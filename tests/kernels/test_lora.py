@@ -23,6 +23,7 @@ def make(slots, num_single, *, inputs, widths, rank, num_slots, dtype, device, s
         b=drawn(generator, num_slots, sum(widths), rank, **size),
         widths=tuple(widths),
         part_widths=torch.tensor(widths, dtype=torch.int32, device=device),
+        present=torch.ones(num_slots, len(widths), dtype=torch.int32, device=device),
     )
     return y, x, weights, AdapterStep(torch.tensor(slots, dtype=torch.int32).to(device), num_single)
 
@@ -83,3 +84,17 @@ def test_rows_may_lie_apart(device):
     ops.add_lora(y, x, weights, step)
     ops.add_lora(apart_y, apart_x, weights, step)
     assert torch.equal(y, apart_y)
+
+
+def test_parts_that_an_adapter_leaves_alone_are_not_read(device):
+    from pagedcore_kernels.backend import TritonOps
+
+    y, x, weights, step = make([1, 2, 1, 1], 1, device=device, **SHAPE)
+    before = y.clone()
+    weights.present[1, 0] = 0
+    weights.a[1, :16] = torch.nan
+    TritonOps(device).add_lora(y, x, weights, step)
+    changed = [(row != old).any() for row, old in zip(y, before, strict=True)]
+    assert all(changed)
+    assert torch.equal(y[[0, 2, 3], :40], before[[0, 2, 3], :40])
+    assert bool(y.isfinite().all())

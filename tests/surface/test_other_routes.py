@@ -13,7 +13,8 @@ UNBUILT = [
     "/v1/audio/transcriptions",
     "/v1/audio/translations",
 ]
-ADMIN = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep", "/wake_up"]
+LORA = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+ADMIN = ["/sleep", "/wake_up"]
 
 
 def test_models_are_listed_by_every_name(client):
@@ -104,7 +105,7 @@ def test_a_route_that_is_not_built_says_so(server, path):  # HTTP-1, HTTP-2
     assert server.get(path).status == 405
 
 
-@pytest.mark.parametrize("path", [*ADMIN, "/reset_prefix_cache"])
+@pytest.mark.parametrize("path", [*ADMIN, *LORA, "/reset_prefix_cache"])
 def test_administration_does_not_exist_unless_asked_for(server, path):  # HTTP-3
     assert server.request("POST", path).error["code"] == 404
     assert server.get("/is_sleeping").status == 404
@@ -114,6 +115,9 @@ def test_administration_can_forget_cached_prefixes(generous):  # HTTP-3, POOL-7
     assert generous.get("/is_sleeping").json == {"is_sleeping": False}
     for path in ADMIN:
         assert generous.request("POST", path).status == 501
+    asked = {"lora_name": "mine", "lora_path": "folder"}
+    for path in LORA:
+        assert "--enable-lora" in generous.request("POST", path, asked).error["message"]
     assert generous.request("POST", "/reset_prefix_cache").status == 200
     generous.engine.pause()
     with generous.client() as client:

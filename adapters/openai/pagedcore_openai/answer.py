@@ -37,6 +37,7 @@ class Answer:
         priority: int = 0,
         cache_salt: str | None = None,
         owner: str = "",
+        adapter: str | None = None,
         interval: int = 1,
         every_token: bool = False,
         deadline: float | None = None,
@@ -46,7 +47,7 @@ class Answer:
     ) -> None:
         """Prepare; nothing is sent before `admitted`.
 
-        :param owner: see `EngineClient.generate`.
+        :param owner: see `EngineClient.generate`, as for `adapter`.
         :param interval: tokens that a piece waits for, after the first token (STREAM-4).
         :param every_token: whether tokens make a piece before they have made text.
         :param deadline: when everything must be there, in the event loop's time; else ApiError 408.
@@ -77,6 +78,7 @@ class Answer:
                     priority=priority,
                     cache_salt=cache_salt,
                     owner=owner,
+                    adapter=adapter,
                     on_overflow=on_overflow,
                 ),
                 item,

@@ -23,6 +23,7 @@ from pagedcore_openai.endpoints import Endpoints
 from pagedcore_openai.errors import ApiError, as_api_error
 from pagedcore_openai.gate import Gate
 from pagedcore_openai.intake import Intake
+from pagedcore_openai.lora import LoraRoutes
 from pagedcore_openai.openapi import describe, document
 from pagedcore_openai.plugin_routes import add_plugin_routes
 from pagedcore_openai.probes import Probes
@@ -116,6 +117,8 @@ def build_app(
     Responses(surface, intake, responses or ResponseStore()).add_to(app)
     Probes(surface).add_to(app)
     add_unbuilt(app, surface)
+    if server.enable_admin_api:
+        LoraRoutes(surface, intake).add_to(app)
     app.add_api_route("/", _chat_page, methods=["GET"], **describe(media_type="text/html"))
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], **describe())
     execution = config.execution

@@ -60,13 +60,13 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         """The names that requests may use."""
-        names = self._surface.info.served_model_names
+        names = [*self._surface.info.served_model_names, *await self._surface.adapters()]
         return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
         """One of the names that requests may use."""
         name = request.path_params["name"]
-        self._surface.check_model(name)
+        await self._surface.check_known(name)
         return JSONResponse(self._card(name))
 
     async def invocations(self, request: Request) -> Response:
@@ -92,7 +92,7 @@ class Endpoints:
         """The tokens of a text, or of a conversation as the chat template renders it."""
         surface = self._surface
         fields, headers = self._intake.checked(TokenizeRequest, await self._intake.body(request))
-        surface.check_model(fields.model)
+        await surface.check_known(fields.model)
         prepare.check_template_kwargs(fields.chat_template_kwargs)
         tokens = await surface.in_thread(prepare.tokenized, fields, surface.inputs)
         return JSONResponse(
@@ -104,7 +104,7 @@ class Endpoints:
         """The text of token ids."""
         surface = self._surface
         fields, headers = self._intake.checked(DetokenizeRequest, await self._intake.body(request))
-        surface.check_model(fields.model)
+        await surface.check_known(fields.model)
         text = await surface.in_thread(
             prepare.detokenized, fields, surface.inputs, surface.info.vocab_size
         )
@@ -186,12 +186,13 @@ class Endpoints:
 
     def _card(self, name: str) -> dict[str, Any]:
         info = self._surface.info
+        is_adapter = name not in info.served_model_names
         return {
             "id": name,
             "object": "model",
             "created": self._surface.created,
             "owned_by": "pagedcore",
-            "root": info.served_model_names[0],
-            "parent": None,
+            "root": name if is_adapter else info.served_model_names[0],
+            "parent": info.served_model_names[0] if is_adapter else None,
             "max_model_len": info.max_model_len,
         }

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.responses import Response
 
-from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
+from pagedcore.errors import EngineDeadError, MissingError, OverloadedError, RequestError
 
 MAX_MESSAGE_BYTES = 2048
 """Longest message of an error (ERR-3)."""
@@ -70,6 +70,8 @@ def as_api_error(error: Exception, *, admitted: bool = False) -> ApiError:
     match error:
         case ApiError():
             return error
+        case MissingError():
+            return ApiError(404, str(error), error.param)
         case RequestError():
             return ApiError(400, str(error), error.param)
         case ValidationError():

@@ -55,7 +55,7 @@ class Intake:
     def check_generation(self, fields: GenerationRequest) -> str:
         """Refuse what needs no tokenizer to be refused; the model's name."""
         surface = self._surface
-        model = surface.check_model(fields.model)
+        model = surface.adapter_of(fields.model) or surface.check_model(fields.model)
         policy = surface.config.scheduler.scheduling_policy
         prepare.check_generation(fields, surface.server, policy)
         return model
@@ -79,6 +79,7 @@ class Intake:
             priority=fields.priority or 0,
             cache_salt=fields.cache_salt,
             owner=owner_of(request.scope["state"][KEY]),
+            adapter=surface.adapter_of(fields.model),
             interval=surface.server.stream_interval,
             every_token=bool(fields.return_token_ids),
             deadline=request.scope["state"][DEADLINE],

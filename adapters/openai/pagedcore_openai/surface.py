@@ -14,6 +14,7 @@ from pagedcore.config import EngineConfig
 from pagedcore.engine.client import EngineClient
 from pagedcore.engine.info import EngineInfo
 from pagedcore.errors import EngineDeadError, OverloadedError, RequestError
+from pagedcore.lora_config import MAX_NAME
 from pagedcore.server_config import ServerConfig
 from pagedcore.text.tokenizer import Tokenizer
 from pagedcore_openai.bounded_inputs import BoundedInputs
@@ -141,6 +142,24 @@ class Surface:
         if name and name not in names:
             raise ApiError(404, f"The model `{name[:200]}` does not exist.", "model")
         return names[0]
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that a model's name may stand for; None for the model itself.
+
+        Only the engine knows whether there is such an adapter: it refuses the request otherwise.
+        """
+        if not name or not self.info.enable_lora or name in self.info.served_model_names:
+            return None
+        return name if len(name) <= MAX_NAME else None
+
+    async def adapters(self) -> list[str]:
+        """Names of the adapters that are loaded."""
+        return list(await self.client.call("adapters")) if self.info.enable_lora else []
+
+    async def check_known(self, name: str | None) -> None:
+        """Raise ApiError 404 unless this is a name of the model, or of a loaded adapter."""
+        if self.adapter_of(name) is None or name not in await self.adapters():
+            self.check_model(name)
 
     async def in_thread(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kw: Arguments.kwargs

@@ -19,7 +19,7 @@ UNBUILT = (
 )
 """Answered with 501: the address is right, the task is not ours."""
 
-ADMIN_UNBUILT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep", "/wake_up")
+ADMIN_UNBUILT = ("/sleep", "/wake_up")
 
 
 class Admin:

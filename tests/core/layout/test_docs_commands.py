@@ -27,6 +27,7 @@ PAGES = (
             "planning",
             "plugins",
             "quantization",
+            "lora",
             "serving",
             "troubleshooting",
         )
