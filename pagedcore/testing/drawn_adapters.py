@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pagedcore.execution.safetensors_file import DTYPES
+
 DEVIATION = 0.2
 """Of every number: large enough that an adapter changes what is said."""
 
@@ -28,8 +30,6 @@ def save_drawn_adapter(
 
     `fields` are further ones of adapter_config.json. The changes [out, in] are float32.
     """
-    from safetensors.torch import save_file
-
     generator = torch.Generator().manual_seed(seed)
     scale = alpha / (math.sqrt(rank) if use_rslora else rank)
     tensors: dict[str, Tensor] = {}
@@ -53,8 +53,24 @@ def save_drawn_adapter(
         **fields,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(tensors, folder / "adapter_model.safetensors")
+    _save_tensors(tensors, folder / "adapter_model.safetensors")
     return changes
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """As a safetensors file, where that library need not be."""
+    header: dict[str, Any] = {}
+    at = 0
+    for name, tensor in tensors.items():
+        dtype = next(short for short, known in DTYPES.items() if known == tensor.dtype)
+        offsets = [at, at + tensor.nbytes]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        at += tensor.nbytes
+    encoded = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def linear_shapes(model: torch.nn.Module, *names: str) -> dict[str, tuple[int, int]]:

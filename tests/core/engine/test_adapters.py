@@ -88,6 +88,14 @@ def test_more_adapters_than_slots_wait_for_each_other(llm, adapters):  # LORA-1
     assert run_together(llm, names) == [adapters.merged[name] for name in names]
 
 
+def test_weights_of_few_bits_have_adapters_too(tiny, adapters):
+    options = dict(quantization="fp8", enable_lora=True, lora_modules=adapters.modules[:1])
+    with tiny.llm() as exact, tiny.llm(**options) as llm:
+        assert tokens_of(llm, None)[:2] == tokens_of(exact, None)[:2]
+        assert tokens_of(llm, "whole")[:2] == adapters.merged["whole"][:2]
+        assert adapters.merged["whole"][:2] != adapters.merged[None][:2]
+
+
 def test_choices_of_one_request_have_its_adapter(llm, adapters):
     params = SamplingParams(temperature=1e-2, n=3, max_tokens=NUM_TOKENS, ignore_eos=True)
     [output] = llm.generate([PROMPT], params, adapter="some")
