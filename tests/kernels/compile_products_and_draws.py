@@ -66,7 +66,7 @@ def packed(*, is_hopper):
     if not is_hopper:
         return
     plain = pack(Grouped(codes, scale, 4))
-    plans = [(8, PackedPlan(32, 4, 1)), (64, PackedPlan(128, 1, 2)), (1, PackedPlan(32, 8, 1, 8))]
+    plans = [(8, PackedPlan(32, 4, 1)), (64, PackedPlan(64, 1, 2)), (1, PackedPlan(32, 8, 1, 8))]
     for rows, plan in plans:
         several = x.new_empty(rows, 1024)
         packed_linear.linear(several, plain, None, scratch, plan=plan, dependent=True)
