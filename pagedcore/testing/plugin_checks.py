@@ -182,6 +182,15 @@ def _check_quantizer(factory: Callable[..., Any]) -> str:
     return _check_arguments(factory, {})
 
 
+def _check_writer(factory: Callable[..., Any]) -> str:
+    from pagedcore.execution.quantizing.writer import WeightWriter, WriterOptions
+    from pagedcore.testing.writer_kit import check_writer
+
+    writer = factory(WriterOptions())
+    _check_protocol(writer, WeightWriter)
+    return check_writer(writer)
+
+
 def _check_server(factory: Callable[..., Any]) -> str:
     return _check_arguments(factory, None, None)
 
@@ -215,6 +224,7 @@ _SIMPLE: dict[str, Callable[[Callable[..., Any]], str]] = {
     "pagedcore_policies": _check_policy,
     "pagedcore_logits_processors": _check_processor,
     "pagedcore_quantizers": _check_quantizer,
+    "pagedcore_weight_writers": _check_writer,
     "pagedcore_servers": _check_server,
 }
 """The first check of each thing that is offered, by hook."""

@@ -21,7 +21,7 @@ from pagedcore.execution.safetensors_file import StoredTensor
 STEPS = 20
 """Exponents that are tried: 0, 1 / STEPS, 2 / STEPS, ..."""
 
-MAX_OUTPUTS = 512
+MAX_OUTPUTS = 256
 """Of a layer: those whose error is measured."""
 
 _LEAST = 1e-3  # of the mean: what a smaller input counts as

@@ -39,7 +39,7 @@ from pagedcore.execution.weight_reader import WeightReader
 CHUNK = 512
 """Tokens that are read as one sequence."""
 
-MAX_ROWS = 512
+MAX_ROWS = 256
 """Of a layer's inputs: those that scales are tried out with."""
 
 FIRST_LAYERS = 4

@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pagedcore import hookimpl
 from pagedcore.cli import main
-from pagedcore.errors import ConfigError
+from pagedcore.errors import ConfigError, PluginError
 from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.quantizing.writer import WriterOptions
 from pagedcore.execution.torch_ops import TorchOps
+from pagedcore.testing.plugin_checks import plugin_checks
 from pagedcore.testing.tiny_models import save_tiny_model
 from pagedcore_quantization import pagedcore_quantizers, pagedcore_weight_writers
 
@@ -315,3 +317,33 @@ def test_scales_that_would_change_the_model_are_refused(tmp_path, capsys):
     text = f"--calibration={tmp_path / 'text.txt'}"
     said = complaint(capsys, tmp_path / "plain", tmp_path / "made", "gptq", text)
     assert "Leave out --calibration" in said
+
+
+class Mute:
+    """A writer that says it has written something else."""
+
+    balances = False
+
+    def __init__(self, options):
+        self._writer = pagedcore_weight_writers()["int8"](options)
+        self.check, self.config, self.write = (
+            getattr(self._writer, name) for name in ("check", "config", "write")
+        )
+
+    def rounded(self, weight):
+        return weight * 1.1
+
+
+def test_a_strangers_format_is_checked_for_being_read_as_it_says():
+    class Plugin:
+        @hookimpl
+        def pagedcore_weight_writers(self):
+            return {"mute": Mute, "int8": pagedcore_weight_writers()["int8"]}
+
+    checks = {str(check): check for check in plugin_checks("stranger", Plugin())}
+    mute, int8 = (
+        next(c for text, c in checks.items() if name in text) for name in ("mute", "int8")
+    )
+    assert "error 0.0" in int8()
+    with pytest.raises(PluginError, match="not read as"):
+        mute()
