@@ -15,6 +15,7 @@ from torch import Tensor
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import PluginError
 from pagedcore.execution.expert_ops import Experts, Routing
+from pagedcore.execution.lora_ops import NO_ADAPTER, AdapterStep, LoraWeights
 from pagedcore.execution.ops import LayerCache, Ops, QKNorm, RopeTable, SamplingTensors
 from pagedcore.execution.quantized import FLOAT8
 from pagedcore.execution.torch_ops import TorchOps
@@ -198,6 +199,25 @@ def _experts(ops: Ops, plain: Ops, draw: Draw) -> Pairs:
     yield "moe", mixed, plain.moe(x32, weights, chosen, Experts(gate_up=up32, down=down32))
 
 
+def _adapters(ops: Ops, plain: Ops, draw: Draw) -> Pairs:
+    """The first sequences run one token each; those behind run several."""
+    num_single, num_others, slots, rank = draw.size(0, 4), draw.size(1, 40), 3, 16
+    num_tokens, h = num_single + num_others, draw.size(5, 90)
+    widths = (draw.size(3, 70), draw.size(3, 70))
+    (x, x32), (y, y32) = draw.pair(num_tokens, h), draw.pair(num_tokens, sum(widths))
+    (a, a32), (b, b32) = (
+        draw.pair(slots, len(widths) * rank, h, scale=h**-0.5),
+        draw.pair(slots, sum(widths), rank, scale=rank**-0.5),
+    )
+    present = torch.ones(slots, len(widths), dtype=torch.int32)
+    part_widths = torch.tensor(widths, dtype=torch.int32)
+    of = torch.randint(NO_ADAPTER, slots, (num_tokens,), generator=draw.generator).int()
+    ops.add_lora(y, x, LoraWeights(a, b, widths, part_widths, present), AdapterStep(of, num_single))
+    exact = LoraWeights(a32, b32, widths, part_widths, present)
+    plain.add_lora(y32, x32, exact, AdapterStep(of, num_single))
+    yield "add_lora", y, y32
+
+
 def _rows(ops: Ops, plain: Ops, draw: Draw) -> Pairs:
     num_rows, longest, block_size = 6, 40, 16
     tokens = torch.randint(0, 90, (num_rows, longest), generator=draw.generator).int()
@@ -271,6 +291,7 @@ OPERATIONS: Mapping[str, Callable[[Ops, Ops, Draw], Pairs]] = {
     "products in 8 bits": _eight_bits,
     "attention": _attention,
     "experts": _experts,
+    "adapters": _adapters,
     "rows": _rows,
     "draws": _draws,
     "copies": _copies,
