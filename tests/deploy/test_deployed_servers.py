@@ -69,7 +69,7 @@ def test_flags_that_deployment_names_exist(read, serve_flags, name):
 
 def test_the_flags_of_the_unit_and_the_image_are_understood(read, unit, monkeypatch):
     calls = []
-    monkeypatch.setattr("pagedcore.cli.serve.load_plugins", lambda disabled: disabled)
+    monkeypatch.setattr("pagedcore.cli.serve.load_plugins", lambda disabled, only: disabled)
     monkeypatch.setattr("pagedcore.cli.serve._check_address", lambda host, port: None)
     monkeypatch.setattr(
         "pagedcore.cli.serve.choose", lambda *_: lambda *configs: calls.append(configs) or 0

@@ -104,8 +104,12 @@ class XLMRobertaForSequenceClassification(XLMRobertaModel):
         )
 
 
-RobertaModel = XLMRobertaModel
-RobertaForSequenceClassification = XLMRobertaForSequenceClassification
+class RobertaModel(XLMRobertaModel):
+    """RoBERTa, which is built alike."""
+
+
+class RobertaForSequenceClassification(XLMRobertaForSequenceClassification):
+    """The same with a classifier."""
 
 
 class _Embedding:

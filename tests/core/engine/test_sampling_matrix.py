@@ -119,8 +119,8 @@ CASES = {
     ),
 }
 
-HERE = {"n", "seed", "output_kind"}
-"""Fields that are no column of the matrix: a mode, and tests of their own."""
+HERE = {"n", "seed", "output_kind", "logits_processors"}
+"""Fields that are no column of the matrix: modes, and tests of their own."""
 
 WITHOUT_EFFECT = {
     "greedy",
