@@ -59,7 +59,16 @@ def declared_flags():
 
 @pytest.mark.parametrize(
     "name",
-    ["architecture", "benchmarks", "lora", "offline", "planning", "plugins", "serving", "troubleshooting"],
+    [
+        "architecture",
+        "benchmarks",
+        "lora",
+        "offline",
+        "planning",
+        "plugins",
+        "serving",
+        "troubleshooting",
+    ],
 )
 def test_flags_that_pages_name_exist(read, name):
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", read(name)))
