@@ -38,6 +38,7 @@ COMMANDS = {
     "chat",
     "serve",
     "plan",
+    "quantize",
     "plugins",
     "bench",
     "doctor",
