@@ -194,12 +194,13 @@ class Supervisor:
     def _leave(self) -> None:
         """Let LitServe's `run` return; where it waits for workers, only an interrupt helps."""
         self._over.set()
-        logging.getLogger("litserve").setLevel(logging.ERROR)  # it warns of what has ended in order
+        # What has ended in order is no news, and LitServe's monitor may ask a Manager that is gone:
+        logging.getLogger("litserve").setLevel(logging.CRITICAL)
         event = self._lit_server._shutdown_event
-        if self._api_servers:  # LitServe's monitor must not ask a manager that is gone
-            self._lit_server._shutdown_event = threading.Event()
-            self._lit_server._shutdown_event.set()
-        event.set()
+        self._lit_server._shutdown_event = threading.Event()  # which the monitor looks at next
+        self._lit_server._shutdown_event.set()
+        if event is not None:
+            event.set()
         if not self._api_servers:
             self._interrupts = True
             os.kill(self._pid, signal.SIGINT)
