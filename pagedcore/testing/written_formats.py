@@ -190,6 +190,32 @@ def float_blocks() -> WrittenFormat:
     return WrittenFormat(config, write, 16 / 448 + 1e-6)
 
 
+def float_matrices() -> WrittenFormat:
+    """fp8 with one scale for a matrix, and one for its inputs, which were measured."""
+
+    def write(weight: Tensor) -> Written:
+        scale = weight.abs().max().float() / 448
+        values = (weight / scale).to(torch.float8_e4m3fn)
+        tensors = {"weight": values, "weight_scale": scale, "input_scale": torch.tensor(0.1)}
+        return tensors, values.float() * scale
+
+    config = {"quant_method": "fp8", "activation_scheme": "static"}
+    return WrittenFormat(config, write, 16 / 448 + 1e-6)
+
+
+def float_rows() -> WrittenFormat:
+    """compressed-tensors, float-quantized: one scale for each output."""
+
+    def write(weight: Tensor) -> Written:
+        scale = weight.abs().amax(1, keepdim=True).float() / 448
+        values = (weight / scale).to(torch.float8_e4m3fn)
+        return {"weight": values, "weight_scale": scale}, values.float() * scale
+
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+    rows = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    return WrittenFormat(_compressed("float-quantized", weights, rows), write, 16 / 448 + 1e-6)
+
+
 def bitsandbytes_4(*, nested: bool) -> WrittenFormat:
     """bitsandbytes' NF4, whose scales may be in 8 bits themselves."""
     table = normal_table()
@@ -211,6 +237,7 @@ def bitsandbytes_4(*, nested: bool) -> WrittenFormat:
             tensors["weight.nested_absmax"] = nested_largest
             tensors["weight.nested_quant_map"] = map_
             state |= {"nested_blocksize": 256, "nested_offset": offset}
+            state |= {"nested_dtype": "float32"}
             largest = map_[codes.int()] * each + offset
         else:
             tensors["weight.absmax"] = largest
@@ -255,7 +282,7 @@ def normal_table() -> Tensor:
 def _compressed(
     form: str, weights: dict[str, Any], rows: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": rows}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": rows, "format": form}
     return {
         "quant_method": "compressed-tensors",
         "format": form,
@@ -271,6 +298,8 @@ def _half_step(bits: int, symmetric: bool) -> float:
 
 
 WRITTEN: Mapping[str, WrittenFormat] = {
+    "fp8 by matrix": float_matrices(),
+    "fp8 by output": float_rows(),
     "fp8 blocks": float_blocks(),
     "int8 w8a8": whole_numbers(rounds_rows=True),
     "int8 weights": whole_numbers(),

@@ -94,7 +94,9 @@ class CompressedTensors(PackedFormat):
     def _floats(self, scheme: Scheme) -> StoredFp8:
         scales: Literal["row", "block"] = "block" if scheme.scales == "block" else "row"
         none = Modules(ConfigFields({}), "ignore")
-        return StoredFp8(self.name, StoredFormat(scales=scales, suffix="weight_scale", kept=none))
+        return StoredFp8(
+            self.name, StoredFormat(scales=scales, suffixes=("weight_scale",), kept=none)
+        )
 
     def _int8(
         self,

@@ -39,8 +39,8 @@ class StoredFormat:
     scales: Literal["row", "block"]
     """One scale for each output, or for a whole part; or one for each block."""
 
-    suffix: str
-    """The scales' name, behind the matrix's."""
+    suffixes: tuple[str, ...]
+    """Names that scales may have, behind the matrix's; the first is expected."""
 
     kept: Modules
     """Layers that were left in 16 bits."""
@@ -89,7 +89,7 @@ def read_format(name: str, settings: Mapping[str, Any]) -> StoredFormat:
     fields = check_method(name, settings)
     if name == "fbgemm_fp8":
         kept = Modules(fields, "modules_to_not_convert")
-        return StoredFormat(scales="row", suffix="weight_scale", kept=kept)
+        return StoredFormat(scales="row", suffixes=("weight_scale",), kept=kept)
     return _read_fp8(fields)
 
 
@@ -98,9 +98,10 @@ def _read_fp8(fields: ConfigFields) -> StoredFormat:
     fields.choice("activation_scheme", ["dynamic", "static"], "dynamic")
     kept = Modules(fields, "modules_to_not_convert", "ignored_layers")
     if not fields.has("weight_block_size"):
-        return StoredFormat(scales="row", suffix="weight_scale", kept=kept)
+        names = ("weight_scale", "weight_scale_inv")  # the second is transformers' own
+        return StoredFormat(scales="row", suffixes=names, kept=kept)
     check_block(fields, "weight_block_size")
-    return StoredFormat(scales="block", suffix="weight_scale_inv", kept=kept)
+    return StoredFormat(scales="block", suffixes=("weight_scale_inv",), kept=kept)
 
 
 def check_block(fields: ConfigFields, name: str) -> None:

@@ -28,7 +28,7 @@ from pagedcore_quantization.formats import StoredFormat
 from pagedcore_quantization.fp8 import Fp8Linear, join_float8, take_bias
 
 _UNUSED = (
-    *("input_scale", "input_scale_ub", "input_zero_point"),
+    *("input_scale", "input_scale_ub", "input_zero_point", "activation_scale"),
     *("k_scale", "v_scale", "q_scale", "output_scale"),
 )
 """Scales of activations and of cached keys and values: see `formats`."""
@@ -88,7 +88,8 @@ class StoredFp8:
         self, weights: Weights, name: str, rows: int, columns: int, dim: int | None
     ) -> Tensor:
         """A part's scales as they are stored: [rows, 1], [1, 1], or one for each block."""
-        name = f"{name}.{self._format.suffix}"
+        names = [f"{name}.{suffix}" for suffix in self._format.suffixes]
+        name = next((each for each in names if weights.has(each)), names[0])
         if self._format.scales == "block":
             shape = _blocks(rows), _blocks(columns)
             return weights.take(name, shape, dtype=torch.float32, dim=dim)

@@ -13,6 +13,7 @@ from pagedcore.testing.written_formats import WRITTEN
 from pagedcore_quantization import pagedcore_quantizers
 
 LAYER = "model.layers.0.mlp.down_proj"
+NOT_NEEDED = ("weight_shape", "weight_format", "g_idx", "input_scale")
 
 
 def save_layer(folder, form):
@@ -112,7 +113,7 @@ def test_every_tensor_that_is_missing_is_named(form, tmp_path):
     settings = save_layer(tmp_path, form)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    needed = [n for n in tensors if not n.endswith(("shape", "weight_format", "g_idx"))]
+    needed = [n for n in tensors if not n.endswith(NOT_NEEDED)]
     for name in needed:
         if name.endswith("nf4") and "nested" not in form:
             continue  # only doubly quantized scales need it

@@ -139,18 +139,6 @@ def test_experts_are_written_too_and_routers_are_not(tmp_path, tokens):
     assert tokens(tmp_path / "made") == tokens(rounded_model(plain, tmp_path / "wide", "gptq"))
 
 
-def test_transformers_loads_blocks_of_float8(plain, tmp_path, tokens):
-    pytest.importorskip("accelerate")
-    transformers = pytest.importorskip("transformers")
-    quantize(plain, tmp_path / "made", "fp8-block")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "made", dtype=torch.float32
-    )
-    wide = load_file(rounded_model(plain, tmp_path / "wide", "fp8-block") / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    assert torch.allclose(model.state_dict()[name].float(), wide[name], atol=1e-2)
-
-
 def test_files_are_cut_and_those_that_are_there_are_not_written_again(plain, tmp_path, capsys):
     small = f"--max-shard-gib={100_000 / 2**30}"
     quantize(plain, tmp_path / "whole", "awq", small)
