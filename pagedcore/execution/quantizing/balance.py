@@ -5,10 +5,12 @@
 An input that is large makes the rounding errors of its column large too. Such a column is
 multiplied by a scale before it is rounded, and what makes the input is divided by it: the norm
 before the layer, or the rows of the matrix before it. The model stays what it is, but for rounding.
-How much of an input's size becomes its scale is tried out, layer by layer (AWQ).
+Where inputs are rounded too, an input that is large makes the steps of all others large, and
+dividing it helps them as well (SmoothQuant). How much of an input's size becomes its scale is tried
+out, layer by layer (AWQ).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from pagedcore.execution.model import Weights
 from pagedcore.execution.quantizing.layers import WEIGHT, Group
+from pagedcore.execution.quantizing.writer import RoundsInputs, WeightWriter
 from pagedcore.execution.safetensors_file import StoredTensor
 
 STEPS = 20
@@ -150,12 +153,10 @@ def source_of(group: Group, stored: Mapping[str, StoredTensor]) -> str | None:
     return None
 
 
-def best_scale(
-    weights: Sequence[Tensor], inputs: Inputs, rounded: Callable[[Tensor], Tensor]
-) -> Tensor | None:
+def best_scale(weights: Sequence[Tensor], inputs: Inputs, writer: WeightWriter) -> Tensor | None:
     """The scale [in] that leaves the least error in the outputs of layers [out, in] float32.
 
-    None where rounding them as they are is best. `rounded` rounds each row by itself.
+    None where rounding them as they are is best.
     """
     some = [weight[:: -(-len(weight) // MAX_OUTPUTS)].contiguous() for weight in weights]
     size = inputs.size.clamp(min=float(inputs.size.mean()) * _LEAST)
@@ -165,10 +166,13 @@ def best_scale(
     for step in range(STEPS):
         scale = size ** (step / STEPS)
         scale = scale / (scale.max() * scale.min()).sqrt()
+        given = rows / scale
+        if isinstance(writer, RoundsInputs):
+            given = writer.rounded_inputs(given)
         error = 0.0
         for weight in some:
-            lost = rounded(weight * scale).div_(scale).sub_(weight)
-            error += float((rows @ lost.t()).square().sum())
+            found = given @ writer.rounded(weight * scale).t()
+            error += float((found - rows @ weight.t()).square().sum())
         if error < least:
             least, best = error, (scale if step else None)
     return best

@@ -181,7 +181,7 @@ def find_balance(
             source = source_of(group, stored)
             if source is not None and group in inputs:
                 weights = [reader.read(stored[name + WEIGHT]).float() for name in group]
-                scale = best_scale(weights, inputs[group], writer.rounded)
+                scale = best_scale(weights, inputs[group], writer)
                 if scale is not None:
                     balance.add(group, source, scale.cpu())
             report(number + 1, len(layers.groups))

@@ -41,7 +41,7 @@ SCALES = ".pagedcore-scales.safetensors"
 """Scales from a calibration text, until all files are written."""
 
 _COPIED = (".json", ".jinja", ".model", ".txt", ".md")
-_VERSION = 1  # of what is written for the same settings
+_VERSION = 2  # of what is written for the same settings
 
 Progress = Callable[[str], AbstractContextManager[Report]]
 """Shows what is done, and how far it has come."""
@@ -167,7 +167,7 @@ def _check_source(job: Job, checkpoint: Checkpoint) -> None:
     if job.calibration and not job.writer.balances:
         raise ConfigError(
             "--calibration changes nothing in this format, whose scales follow from the weights "
-            "alone: leave it out, or take awq or gptq"
+            "alone: leave it out, or take awq, gptq or int8"
         )
     if job.output.resolve() == job.source.resolve():
         raise ConfigError(f"--output must be another folder than the model's own, {job.source}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -48,4 +48,13 @@ class WeightWriter(Protocol):
 
     def rounded(self, weight: Tensor) -> Tensor:
         """What `write` makes of a matrix, as it is read again: [out, in] float32."""
+        ...
+
+
+@runtime_checkable
+class RoundsInputs(Protocol):
+    """A `WeightWriter` whose layers round their inputs too: scales are chosen for both."""
+
+    def rounded_inputs(self, x: Tensor) -> Tensor:
+        """What a layer makes of its inputs [N, in] float32, each row by itself."""
         ...

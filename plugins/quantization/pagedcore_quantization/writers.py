@@ -19,6 +19,9 @@ from pagedcore.execution.quantizing.writer import WriterOptions
 from pagedcore_quantization.awq import ORDER
 
 DEFAULT_GROUP = 128
+_SHARES = (1.0, 0.94, 0.88, 0.83)
+"""Of the largest number: what 4 bits without a zero point may count as the largest."""
+
 _LEAST_SCALE = 2.0**-14  # the smallest number of float16 that has all of its bits
 _LEAST_WIDE = 1e-20  # of scales in float32: rows of zeros have one too
 
@@ -91,7 +94,7 @@ class Fp8BlockWriter:
 class Int8Writer:
     """compressed-tensors, whole numbers of 8 bits on both sides of a product (W8A8)."""
 
-    balances = False
+    balances = True
 
     def __init__(self, options: WriterOptions) -> None:
         """Raises ConfigError for options that the format does not have."""
@@ -113,6 +116,10 @@ class Int8Writer:
         """See `WeightWriter.rounded`."""
         scale = _scale_of_rows(weight, 127)
         return (weight / scale).round_().mul_(scale)
+
+    def rounded_inputs(self, x: Tensor) -> Tensor:
+        """See `RoundsInputs.rounded_inputs`: as weights are rounded, a row at a time."""
+        return self.rounded(x)
 
 
 class GptqWriter:
@@ -172,10 +179,22 @@ class GptqWriter:
         runs = _runs(weight, self._group)
         most = 2**self._bits - 1
         # The largest number may lie half a step beyond the last code: so its error is no more than
-        # that of others, and all steps are smaller.
-        scale = (runs.abs().amax(-1) * (2 / most)).clamp_(min=_LEAST_SCALE).half()
-        codes = (runs / scale[:, :, None].float()).round_().add_((most + 1) // 2)
-        return codes.clamp_(0, most).to(torch.uint8).flatten(1), scale
+        # that of others, and all steps are smaller. With few codes it pays to go further, and lose
+        # more of the largest number than of all others together.
+        largest = runs.abs().amax(-1) * (2 / most)
+        scale, least = largest, torch.full_like(largest, torch.inf)
+        for share in _SHARES if self._bits == 4 else (1.0,):
+            tried = (largest * share).clamp_(min=_LEAST_SCALE).half().float()
+            lost = self._steps(runs, tried).mul_(tried[:, :, None]).sub_(runs).square_().sum(-1)
+            is_best = lost < least
+            scale, least = torch.where(is_best, tried, scale), torch.where(is_best, lost, least)
+        codes = self._steps(runs, scale).add_((most + 1) // 2)
+        return codes.to(torch.uint8).flatten(1), scale.half()
+
+    def _steps(self, runs: Tensor, scale: Tensor) -> Tensor:
+        """Runs [out, G, n] in whole steps of their scales [out, G] float32."""
+        half = 2 ** (self._bits - 1)
+        return (runs / scale[:, :, None]).round_().clamp_(-half, half - 1)
 
 
 class AwqWriter:
