@@ -9,7 +9,12 @@ from safetensors.torch import load_file, save_file
 from pagedcore.errors import ModelError
 from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.torch_ops import TorchOps
+from pagedcore.testing.paged_model import PagedModel
+from pagedcore.testing.tiny_models import save_tiny_model
+from pagedcore.testing.written_blocks import WRITTEN_BLOCKS
 from pagedcore.testing.written_formats import WRITTEN
+from pagedcore_models.cases import CASES
+from pagedcore_models.gpt_oss import GptOssForCausalLM
 from pagedcore_quantization import pagedcore_quantizers
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -32,9 +37,9 @@ def look_at(folder, settings):
     checkpoint.check_all_taken()
 
 
-def build(weights, settings):
+def build(weights, settings, columns=128):
     quantizer = pagedcore_quantizers()[settings["quant_method"]](settings)
-    quantizer.linear(weights, TorchOps("cpu"), [LAYER], 128, [64], bias=False, dim=1)
+    quantizer.linear(weights, TorchOps("cpu"), [LAYER], columns, [64], bias=False, dim=1)
 
 
 def scheme(settings):
@@ -43,6 +48,8 @@ def scheme(settings):
 
 CHANGES = [
     ("awq", {"group_size": 64}, "down_proj.qzeros' must have the shape [2, 8]"),
+    ("awq", {"group_size": -1}, "down_proj.qzeros' must have the shape [1, 8]"),
+    ("awq", {"bits": 8}, "bits must be 4, not 8"),
     ("awq", {"group_size": 48}, "wants groups of 48"),
     ("awq", {"group_size": 33}, "group_size must be -1, or a multiple of 16, not 33"),
     ("awq", {"bits": 3}, "bits must be 4, not 3"),
@@ -56,6 +63,11 @@ CHANGES = [
     ("gptq 4", {"group_size": 0}, "group_size must be -1, or a multiple of 16"),
     ("gptq 4", {"desc_act": "yes"}, "desc_act must be true or false"),
     ("gptq 4", {"checkpoint_format": "marlin"}, "checkpoint_format must be one of gptq, gptq_v2"),
+    ("gptq 4", {"bits": None}, "bits must be a whole number from 1 to 2147483647, not None"),
+    ("gptq 8", {"bits": 4}, "down_proj.qweight' must have the shape [16, 64]"),
+    ("gptq 8", {"group_size": 64}, "down_proj.qzeros' must have the shape [2, 16]"),
+    ("gptq 8 reordered", {"group_size": -1}, "down_proj.qzeros' must have the shape [1, 16]"),
+    ("gptq 4 by output", {"group_size": 32}, "down_proj.qzeros' must have the shape [4, 8]"),
     ("gptq 4", {"lm_head": True}, "lm_head must be false"),
     ("gptq 4", {"dynamic": {"-:x": {}}}, "dynamic must be empty"),
     (
@@ -63,6 +75,11 @@ CHANGES = [
         {"quant_method": "awq", "version": "gemm"},
         "down_proj.qweight' must have the shape",
     ),
+    ("fp8 blocks", {"weight_block_size": [64, 64]}, "weight_block_size must be [128, 128], not"),
+    ("fp8 blocks", {"fmt": "int8"}, "fmt must be one of e4m3"),
+    ("fp8 by matrix", {"weight_block_size": [128, 128]}, "down_proj.weight_scale_inv'"),
+    ("fp8 by matrix", {"fmt": "e5m2"}, "fmt must be one of e4m3"),
+    ("bitsandbytes nf4", {"load_in_4bit": False}, "load_in_4bit must be true where load_in_8bit"),
     ("bitsandbytes nf4", {"load_in_8bit": True}, "load_in_4bit must be true where load_in_8bit"),
     ("bitsandbytes nf4", {"bnb_4bit_quant_type": "int4"}, "must be one of fp4, nf4"),
     ("bitsandbytes nf4", {"bnb_4bit_use_double_quant": True}, "must have a type like torch.uint8"),
@@ -88,6 +105,7 @@ def test_a_config_that_lies_is_refused_by_name(form, change, words, tmp_path):
     ("form", "change", "words"),
     [
         ("compressed 4", {"group_size": 64}, "down_proj.weight_scale' must have the shape [64, 2]"),
+        ("compressed 4", {"group_size": 33}, "group_size must be -1, or a multiple of 16, not 33"),
         ("compressed 4", {"group_size": None}, "group_size must be the number of inputs"),
         ("compressed 4", {"num_bits": 8}, "weight_packed' must have the shape [64, 32]"),
         ("compressed 4", {"num_bits": 3}, "num_bits must be 4 or 8, not 3"),
@@ -96,6 +114,15 @@ def test_a_config_that_lies_is_refused_by_name(form, change, words, tmp_path):
         ("compressed 4", {"actorder": "group"}, "lacks tensors"),
         ("compressed 4", {"actorder": "up"}, "actorder must be one of"),
         ("compressed 4", {"strategy": "block"}, "strategy must be one of tensor, channel, group"),
+        ("compressed 8", {"num_bits": 4}, "weight_packed' must have the shape [64, 16]"),
+        ("compressed 8", {"strategy": "group", "group_size": 32}, "must have the shape [64, 4]"),
+        ("int8 w8a8", {"num_bits": 4}, "num_bits must be 8, not 4"),
+        ("int8 w8a8", {"strategy": "group", "group_size": 64}, "must have the shape [64, 2]"),
+        ("int8 w8a8", {"symmetric": False}, "lacks tensors"),
+        ("int8 weights with zeros", {"symmetric": True}, "does not use"),
+        ("fp8 by output", {"num_bits": 4}, "num_bits must be 8, not 4"),
+        ("fp8 by output", {"type": "int"}, "weights.type must be one of float, not 'int'"),
+        ("fp8 by output", {"strategy": "block"}, "block_structure must be [128, 128], not None"),
         ("int8 weights", {"num_bits": 4}, "num_bits must be 8, not 4"),
         ("int8 weights", {"strategy": "group", "group_size": 32}, "must have the shape [64, 4]"),
     ],
@@ -106,6 +133,66 @@ def test_a_scheme_that_lies_is_refused_by_name(form, change, words, tmp_path):
     with pytest.raises(ModelError) as error:
         look_at(tmp_path, settings)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"num_bits": 4, "type": "int"}, "input_activations.num_bits must be 8, not 4"),
+        ({"num_bits": 8, "type": "bool"}, "input_activations.type must be one of int, float"),
+        ([8], "input_activations must be an object"),
+    ],
+)
+def test_activations_that_are_rounded_otherwise_are_refused(rows, words, tmp_path):
+    settings = save_layer(tmp_path, "int8 w8a8")
+    settings["config_groups"]["group_0"]["input_activations"] = rows
+    with pytest.raises(ModelError) as error:
+        look_at(tmp_path, settings)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("kind", WRITTEN_BLOCKS)
+def test_a_type_of_blocks_that_a_layer_does_not_have_is_refused(kind, tmp_path):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    blocks = torch.from_numpy(WRITTEN_BLOCKS[kind].write(weight.numpy()))
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}', encoding="utf-8")
+    save_file({f"{LAYER}.weight": blocks}, tmp_path / "model.safetensors")
+    for other in WRITTEN_BLOCKS:
+        settings = {"quant_method": "gguf", "types": {LAYER: other}}
+        weights = Checkpoint(tmp_path).shapes(torch.float32)
+        if WRITTEN_BLOCKS[other].write(weight.numpy()[:1]).shape[1] == blocks.shape[1]:
+            build(weights, settings, columns=256)
+            continue
+        with pytest.raises(ModelError, match=r"down_proj.weight' must have the shape"):
+            build(weights, settings, columns=256)
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """A checkpoint of GPT-OSS whose experts are codes in MXFP4, and its tensors."""
+    save_tiny_model(tmp_path, CASES["GptOssForCausalLM"].config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        count, inputs, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.zeros(count, rows, inputs // 32, 16, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.full((count, rows, inputs // 32), 120, dtype=torch.uint8)
+    return tmp_path, tensors
+
+
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+@pytest.mark.parametrize("lie", ["missing", "groups of 64", "16 bits"])
+def test_experts_in_mxfp4_that_contradict_their_config_are_refused_by_name(part, lie, experts):
+    folder, tensors = experts
+    name = f"model.layers.0.mlp.experts.down_proj_{part}"
+    tensor = tensors.pop(name)
+    if lie != "missing":
+        cut = tensor[:, :, ::2].contiguous()
+        tensors[name] = cut if lie == "groups of 64" else tensor.half()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "mxfp4"}
+    with pytest.raises(ModelError) as error:
+        PagedModel(folder, GptOssForCausalLM, quantizer=pagedcore_quantizers()["mxfp4"](settings))
+    assert name in str(error.value)
 
 
 @pytest.mark.parametrize("form", WRITTEN)
