@@ -6,11 +6,14 @@ SLOT-6).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 MAX_GROUPS = 8
 """About: each has a block table, and a look-up for each prompt."""
+
+VectorBytes = Callable[[int], int]
+"""Bytes in which a key or a value of so many elements is kept, by the cache's format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +32,10 @@ class CacheSpec:
     latent: bool = False
     """One latent vector in place of keys and values (MLA): half the bytes (semantics MEM-5)."""
 
-    def bytes_per_block(self, block_size: int, itemsize: int) -> int:
+    def bytes_per_block(self, block_size: int, vector_bytes: VectorBytes) -> int:
         """Bytes of one block in one layer."""
-        return (1 if self.latent else 2) * block_size * self.num_kv_heads * self.head_dim * itemsize
+        num_vectors = (1 if self.latent else 2) * block_size * self.num_kv_heads
+        return num_vectors * vector_bytes(self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)

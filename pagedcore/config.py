@@ -106,8 +106,9 @@ class CacheConfig:
     cpu_kv_cache_gib: float = 1.0
     """GiB for the cache when the model runs on the CPU."""
 
-    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """Type of cached keys and values; `auto` is the model's."""
+    kv_cache_dtype: str = "auto"
+    """Format of cached keys and values: `auto` (the model's type), `fp8` (`fp8_e4m3`), `int8` (a
+    scale for each token and head), or a plugin's."""
 
     enable_prefix_caching: bool = True
     """Keep full blocks of ended requests for prompts that begin alike."""

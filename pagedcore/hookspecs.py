@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pagedcore.config import EngineConfig
     from pagedcore.engine.client import EngineClient
     from pagedcore.engine.observers import RequestRecord, StepStats
+    from pagedcore.execution.kv_formats import KVFormat
     from pagedcore.execution.logits_processors import Factory
     from pagedcore.execution.ops import Ops
     from pagedcore.execution.quantizer import Quantizer
@@ -100,6 +101,19 @@ def pagedcore_backends() -> Mapping[str, Callable[[str], "Ops"]]:
     raises ConfigError, saying why, where it cannot run. See `pagedcore.execution.ops.Ops`.
 
     :returns: such as `{"torch": TorchOps}`.
+    """
+
+
+@hookspec
+def pagedcore_kv_formats() -> Mapping[str, Callable[[Any], "KVFormat"]]:
+    """Offer ways to keep keys and values, by the name that `kv_cache_dtype=` selects.
+
+    Asked once, when an engine starts, before any weight is read. A factory is called with the
+    model's `torch.dtype`. The backend `torch` runs every format by its `encode` and `decode`, in
+    each step; another backend has kernels of its own for it, or refuses it by name at the start.
+    See `pagedcore.execution.kv_formats.KVFormat`.
+
+    :returns: such as `{"int4": lambda dtype: Int4()}`.
     """
 
 

@@ -5,8 +5,8 @@ With TRITON_INTERPRET=1 in the environment before triton is imported, everything
 triton's interpreter: slow, and the same arithmetic.
 
 A layer's cache is two tensors [N blocks, K kv heads, B positions, D elements]: the positions of one
-head in one block lie together, in one run that attention reads in full lines. Latent vectors are
-one tensor of this kind, of one head.
+head in one block lie together, in one run that attention reads in full lines. Scales, where the
+format has them, are two more [N, K, B]. Latent vectors are one tensor of this kind, of one head.
 """
 
 import torch
@@ -17,6 +17,7 @@ from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import ConfigError
 from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kernel_bench import KernelBench
+from pagedcore.execution.kv_formats import Cast, Int8, KVFormat, no_kernels
 from pagedcore.execution.lora_ops import AdapterStep, LoraWeights
 from pagedcore.execution.ops import (
     LayerCache,
@@ -42,6 +43,7 @@ from pagedcore_kernels.dependent import can_depend
 from pagedcore_kernels.extend_attention import extend_attention
 from pagedcore_kernels.extend_plan import choose_extend, num_parts
 from pagedcore_kernels.fallback import PlainOps, with_fallback
+from pagedcore_kernels.kept_types import scales_of
 from pagedcore_kernels.latent_ops import LatentOps
 from pagedcore_kernels.linear_ops import LinearOps
 from pagedcore_kernels.small_linear import Scratch
@@ -135,14 +137,20 @@ class TritonOps(LinearOps, LatentOps):
         group: int,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        kv_format: KVFormat,
         device: torch.device,
     ) -> LayerCache:
         """See `Ops.new_cache`."""
+        if not isinstance(kv_format, Cast | Int8):
+            raise no_kernels(self.name, kv_format, ("auto", "fp8", "int8"))
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        key = torch.zeros(shape, dtype=dtype, device=device)
+        key = torch.zeros(shape, dtype=kv_format.dtype, device=device)
         value = key if spec.latent else torch.zeros_like(key)
-        return LayerCache(spec, group, block_size, key, value)
+        cache = LayerCache(spec, group, block_size, kv_format, key, value)
+        if kv_format.scale_dtype is not None:
+            cache.key_scale = torch.zeros(shape[:3], dtype=kv_format.scale_dtype, device=device)
+            cache.value_scale = torch.zeros_like(cache.key_scale)
+        return cache
 
     @with_fallback
     def rope_and_cache(
@@ -164,6 +172,7 @@ class TritonOps(LinearOps, LatentOps):
             cache.value,
             batch.positions,
             batch.slots[cache.group],
+            scales_of(cache),
         )
 
     @with_fallback
@@ -195,6 +204,7 @@ class TritonOps(LinearOps, LatentOps):
                 cache.value,
                 shared_work_list(cache, batch, spec.num_kv_heads, self._num_sms, decode),
                 out[:num_single],
+                scales=scales_of(cache),
                 window=spec.window,
                 soft_cap=soft_cap,
                 sinks=sinks,
@@ -221,6 +231,7 @@ class TritonOps(LinearOps, LatentOps):
                 batch.context_len[num_single:],
                 shared_tile_list(extend.queries // group, num_tokens, batch),
                 out,
+                scales=scales_of(cache),
                 first_token=num_single,
                 parts=num_parts(
                     num_tokens - num_single,
@@ -258,6 +269,10 @@ class TritonOps(LinearOps, LatentOps):
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
         """See `Ops.copy_blocks`."""
         block_copy.copy_blocks(cache.key, cache.value, copies)
+        scales = scales_of(cache)
+        if scales is not None:
+            keys, values = scales
+            block_copy.copy_blocks(keys[..., None], values[..., None], copies)
 
     @with_fallback
     def sample(self, logits: Tensor, sampling: SamplingTensors) -> Tensor:

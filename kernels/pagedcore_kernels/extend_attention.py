@@ -6,7 +6,8 @@
 
     query                    [T, (H + 2K) * D]  the first H * D columns; T may have any stride
     key_cache, value_cache   [N, K, B, D]       contiguous; hold the step's own keys already; the
-                                                query's dtype or float8_e4m3fn
+                                                query's dtype, float8_e4m3fn or int8
+    key_scale, value_scale   [N, K, B] float32  contiguous; of int8 alone
     block_table              [R, M] int32       indexed by rows [S] int32
     query_start              [S + 1] int32      first token of each sequence
     context_len              [S] int32          positions with the step's own
@@ -44,66 +45,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pagedcore_kernels.decode_attention import sink_weight
 from pagedcore_kernels.extend_merge import merge_parts
 from pagedcore_kernels.extend_plan import MIN_PART, ExtendConfig
+from pagedcore_kernels.extend_tiles import block_ids, load_scales, load_tile
+from pagedcore_kernels.kept_types import multiplied_type
 
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def block_ids(table, base, end, B: tl.constexpr, KEYS: tl.constexpr):
-    """Blocks of the positions base .. base + KEYS - 1: one number if they lie in one block."""
-    if KEYS <= B:
-        blocks = tl.load(table + base // B, base < end, 0)
-    else:
-        position = base + tl.arange(0, KEYS)
-        blocks = tl.load(table + position // B, position < end, 0)
-    return blocks
-
-
-@triton.jit
-def _load_tile(
-    key_cache,
-    value_cache,
-    blocks,
-    base,
-    lowest,
-    end,
-    kv_head,
-    NUM_KV_HEADS: tl.constexpr,
-    B: tl.constexpr,
-    D: tl.constexpr,
-    KEYS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    MASKED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):
-    """Keys and values [KEYS, D] of the positions from base on, of which lowest .. end - 1 exist."""
-    key = tl.arange(0, KEYS)
-    column = tl.arange(0, D_PAD)
-    exists = (base + key >= lowest) & (base + key < end)
-    if DESCRIPTORS:
-        row = (blocks * NUM_KV_HEADS + kv_head) * B + base % B
-        keys = key_cache.load([row, 0])  # what is masked gets no weight, whatever it is
-        values = value_cache.load([row, 0])
-        if MASKED:
-            values = tl.where(exists[:, None], values, 0.0)  # but zero times NaN is NaN
-    else:
-        if KEYS <= B:
-            start = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * B + base % B
-            offsets = start * D + (key[:, None] * D + column[None, :])
-        else:
-            row = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * B + (base + key) % B
-            offsets = row[:, None] * D + column[None, :]
-        if MASKED:
-            loaded = exists[:, None] & (column < D)[None, :]
-            keys = tl.load(key_cache + offsets, loaded, 0.0)
-            values = tl.load(value_cache + offsets, loaded, 0.0)
-        elif D == D_PAD:
-            keys = tl.load(key_cache + offsets)
-            values = tl.load(value_cache + offsets)
-        else:
-            keys = tl.load(key_cache + offsets, (column < D)[None, :], 0.0)
-            values = tl.load(value_cache + offsets, (column < D)[None, :], 0.0)
-    return keys, values
 
 
 @triton.jit
@@ -111,6 +56,8 @@ def _attend(
     queries,
     keys,
     values,
+    key_scale,
+    value_scale,
     visible,
     peak,
     weight,
@@ -119,11 +66,14 @@ def _attend(
     soft_cap,
     HAS_SOFT_CAP: tl.constexpr,
     MASKED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax over a tile of keys [KEYS, D] and values."""
     keys, values = keys.to(queries.dtype), values.to(queries.dtype)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    if HAS_SCALES:
+        scores *= key_scale[None, :]
     if HAS_SOFT_CAP:  # scale holds 2 / cap: tanh(x) = 2 * sigmoid(2x) - 1
         scores = (2 * tl.sigmoid(scores * scale) - 1) * soft_cap
         if MASKED:
@@ -138,6 +88,8 @@ def _attend(
     factor = tl.exp2(peak - new_peak)
     weight = weight * factor + tl.sum(probs, 1)
     total = total * factor[:, None]
+    if HAS_SCALES:
+        probs *= value_scale[None, :]
     total = tl.dot(probs.to(values.dtype), values, total, input_precision=PRECISION)
     return new_peak, weight, total
 
@@ -156,6 +108,8 @@ def _attend_masked(
     table,
     key_cache,
     value_cache,
+    key_scale,
+    value_scale,
     kv_head,
     scale,
     soft_cap,
@@ -168,21 +122,26 @@ def _attend_masked(
     D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ):
     """Attend to the positions begin .. stop - 1, of which each query sees a part."""
     for base in range(begin, stop, KEYS):
         blocks = block_ids(table, base, end, B, KEYS)
-        keys, values = _load_tile(
+        keys, values = load_tile(
             key_cache, value_cache, blocks, base, lowest, end, kv_head,
             NUM_KV_HEADS, B, D, KEYS, D_PAD, True, DESCRIPTORS,
+        )  # fmt: skip
+        scale_of_keys, scale_of_values = load_scales(
+            key_scale, value_scale, blocks, base, lowest, end, kv_head,
+            NUM_KV_HEADS, B, KEYS, HAS_SCALES,
         )  # fmt: skip
         key = base + tl.arange(0, KEYS)
         visible = key[None, :] <= position[:, None]
         if WINDOW > 0:
             visible &= key[None, :] > position[:, None] - WINDOW
         peak, weight, total = _attend(
-            queries, keys, values, visible, peak, weight, total, scale, soft_cap,
-            HAS_SOFT_CAP, True, PRECISION,
+            queries, keys, values, scale_of_keys, scale_of_values, visible, peak, weight, total,
+            scale, soft_cap, HAS_SOFT_CAP, True, HAS_SCALES, PRECISION,
         )  # fmt: skip
     return peak, weight, total
 
@@ -195,6 +154,8 @@ def _extend_kernel(
     query,
     key_cache,
     value_cache,
+    key_scale,
+    value_scale,
     sinks,
     out,
     pieces,
@@ -220,9 +181,9 @@ def _extend_kernel(
     KEYS: tl.constexpr,
     D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_FP8: tl.constexpr,
     COMPUTE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     LEAST: tl.constexpr,
 ):
@@ -266,32 +227,36 @@ def _extend_kernel(
     total = tl.zeros([QUERIES, D_PAD], tl.float32)
     if begin < stop:
         source = query + (start + token).to(tl.int64)[:, None] * query_stride
-        queries = tl.load(source + head[:, None] * D + column[None, :], inside, 0.0)
-        if IS_FP8:  # 8-bit keys are exact in float16
-            queries = queries.to(COMPUTE)
+        queries = tl.load(source + head[:, None] * D + column[None, :], inside, 0.0).to(COMPUTE)
         if WINDOW > 0:
             peak, weight, total = _attend_masked(
                 begin, tl.minimum(full_begin, stop), queries, position, lowest, end, peak, weight,
-                total, table, key_cache, value_cache, kv_head, scale, soft_cap, NUM_KV_HEADS, B, D,
-                WINDOW, HAS_SOFT_CAP, KEYS, D_PAD, PRECISION, DESCRIPTORS,
+                total, table, key_cache, value_cache, key_scale, value_scale, kv_head, scale,
+                soft_cap, NUM_KV_HEADS, B, D, WINDOW, HAS_SOFT_CAP, KEYS, D_PAD, PRECISION,
+                DESCRIPTORS, HAS_SCALES,
             )  # fmt: skip
         full_begin = tl.maximum(full_begin, begin)
         full_stop = tl.minimum(full_end, stop)
         blocks = block_ids(table, full_begin, end, B, KEYS)
         for base in range(full_begin, full_stop, KEYS):
-            keys, values = _load_tile(
+            keys, values = load_tile(
                 key_cache, value_cache, blocks, base, lowest, end, kv_head,
                 NUM_KV_HEADS, B, D, KEYS, D_PAD, False, DESCRIPTORS,
             )  # fmt: skip
+            scale_of_keys, scale_of_values = load_scales(
+                key_scale, value_scale, blocks, base, lowest, end, kv_head,
+                NUM_KV_HEADS, B, KEYS, HAS_SCALES,
+            )  # fmt: skip
             blocks = block_ids(table, base + KEYS, end, B, KEYS)
             peak, weight, total = _attend(
-                queries, keys, values, None, peak, weight, total, scale, soft_cap,
-                HAS_SOFT_CAP, False, PRECISION,
+                queries, keys, values, scale_of_keys, scale_of_values, None, peak, weight, total,
+                scale, soft_cap, HAS_SOFT_CAP, False, HAS_SCALES, PRECISION,
             )  # fmt: skip
         peak, weight, total = _attend_masked(
             tl.maximum(full_begin, full_end), stop, queries, position, lowest, end, peak, weight,
-            total, table, key_cache, value_cache, kv_head, scale, soft_cap, NUM_KV_HEADS, B, D,
-            WINDOW, HAS_SOFT_CAP, KEYS, D_PAD, PRECISION, DESCRIPTORS,
+            total, table, key_cache, value_cache, key_scale, value_scale, kv_head, scale,
+            soft_cap, NUM_KV_HEADS, B, D, WINDOW, HAS_SOFT_CAP, KEYS, D_PAD, PRECISION,
+            DESCRIPTORS, HAS_SCALES,
         )  # fmt: skip
     target = (start + token) * (NUM_KV_HEADS * G) + head
     if IS_SPLIT:
@@ -320,6 +285,7 @@ def extend_attention(
     tiles: Tensor,
     out: Tensor,
     *,
+    scales: tuple[Tensor, Tensor] | None = None,
     first_token: int = 0,
     parts: int = 1,
     window: int | None = None,
@@ -330,13 +296,15 @@ def extend_attention(
     """Write the attention of the sequences' tokens, from `first_token` on, into out [T, H * D].
 
     `tiles` comes from `build_tile_list`, with config.queries // G tokens. Tokens that no sequence
-    holds get no meaningful value. The keys of each run of tokens are cut in `parts`.
+    holds get no meaningful value. The keys of each run of tokens are cut in `parts`. `scales` are
+    those of keys and of values.
     """
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     group, num_tokens = num_heads // num_kv_heads, query.shape[0]
     assert group * num_kv_heads == num_heads and group <= config.queries
     assert query.stride(1) == 1 and out.is_contiguous() and block_table.stride(1) == 1
     assert key_cache.is_contiguous() and value_cache.is_contiguous()
+    assert scales is None or all(scale.is_contiguous() for scale in scales)
     assert rows.is_contiguous() and context_len.is_contiguous() and query_start.is_contiguous()
     assert sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
     head_dim_pad = triton.next_power_of_2(head_dim)
@@ -359,6 +327,7 @@ def extend_attention(
         query,
         keys,
         values,
+        *((out, out) if scales is None else scales),
         out if sinks is None else sinks,
         out,
         pieces,
@@ -384,9 +353,9 @@ def extend_attention(
         KEYS=config.keys,
         D_PAD=head_dim_pad,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        IS_FP8=key_cache.dtype == torch.float8_e4m3fn,
-        COMPUTE=tl.float32 if query.dtype == torch.float32 else tl.float16,
+        COMPUTE=multiplied_type(query.dtype, key_cache.dtype),
         DESCRIPTORS=descriptors,
+        HAS_SCALES=scales is not None,
         IS_SPLIT=parts > 1,
         LEAST=MIN_PART,
         num_warps=config.num_warps,

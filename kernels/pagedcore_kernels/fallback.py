@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from pagedcore.execution.kv_formats import as_is
 from pagedcore.execution.ops import LayerCache, Ops, QKNorm, RopeTable, StepBatch
 from pagedcore.execution.quantized import Grouped
 from pagedcore.execution.torch_ops import TorchOps
 from pagedcore_kernels.packed_layout import Packed, unpack
-from pagedcore_kernels.rope_cache import FP8_LIMIT
 
 logger = logging.getLogger(__name__)
 
@@ -102,18 +102,17 @@ class PlainOps(TorchOps):
     ) -> None:
         """See `Ops.rope_and_cache`."""
         num_tokens, spec = len(qkv), cache.spec
-        unread = self.new_cache(spec, 0, num_tokens, 1, qkv.dtype, qkv.device)
+        unread = self.new_cache(spec, 0, num_tokens, 1, as_is(qkv.dtype), qkv.device)
         own_slots = torch.arange(num_tokens, device=qkv.device)[None]
         super().rope_and_cache(qkv, num_heads, rope, norm, unread, replace(batch, slots=own_slots))
         heads = qkv.view(num_tokens, -1, spec.head_dim)
         slots = batch.slots[cache.group]
         block, offset = slots // cache.block_size, slots % cache.block_size
-        stored = heads[:, num_heads:]
-        if cache.key.dtype == torch.float8_e4m3fn:
-            stored = stored.clamp(-FP8_LIMIT, FP8_LIMIT)
-        keys, values = stored.to(cache.key.dtype).chunk(2, 1)
-        cache.key[block, :, offset] = keys
-        cache.value[block, :, offset] = values
+        codes, scale = cache.kv_format.encode(heads[:, num_heads:])
+        cache.key[block, :, offset], cache.value[block, :, offset] = codes.chunk(2, 1)
+        if cache.key_scale is not None and cache.value_scale is not None and scale is not None:
+            keys, values = scale.chunk(2, 1)
+            cache.key_scale[block, :, offset], cache.value_scale[block, :, offset] = keys, values
 
     def grouped_linear(self, x: Tensor, weight: Grouped, bias: Tensor | None = None) -> Tensor:
         """See `QuantizedOps.grouped_linear`."""
@@ -153,8 +152,8 @@ class PlainOps(TorchOps):
             count = -(-length // cache.block_size)
             blocks = batch.block_tables[cache.group, rows[index], :count].long()
             keys, values = (
-                stored[blocks].to(queries.dtype).transpose(0, 1).flatten(1, 2)[:, :length]
-                for stored in (cache.key, cache.value)
+                _decoded(cache, codes, scale, blocks, queries.dtype)[:, :length]
+                for codes, scale in ((cache.key, cache.key_scale), (cache.value, cache.value_scale))
             )
             behind = batch.positions[tokens, None] - torch.arange(length, device=queries.device)
             visible = behind >= 0
@@ -178,15 +177,14 @@ class PlainOps(TorchOps):
     ) -> None:
         """See `Ops.latent_to_cache`."""
         num_tokens = len(query)
-        unread = self.new_cache(cache.spec, 0, num_tokens, 1, latent.dtype, latent.device)
+        as_it_is = as_is(latent.dtype)
+        unread = self.new_cache(cache.spec, 0, num_tokens, 1, as_it_is, latent.device)
         own_slots = torch.arange(num_tokens, device=latent.device)[None]
         own = replace(batch, slots=own_slots, shared=None)
         super().latent_to_cache(query, unturned, latent, rope, norm_weight, eps, unread, own)
-        slots, stored = batch.slots[cache.group], unread.key[:, 0, 0]
-        if cache.key.dtype == torch.float8_e4m3fn:
-            stored = stored.clamp(-FP8_LIMIT, FP8_LIMIT)
+        slots = batch.slots[cache.group]
         block, offset = slots // cache.block_size, slots % cache.block_size
-        cache.key[block, 0, offset] = stored.to(cache.key.dtype)
+        cache.key[block, 0, offset], _ = cache.kv_format.encode(unread.key[:, 0, 0])
 
     def latent_attention(
         self, query: Tensor, num_values: int, scale: float, cache: LayerCache, batch: StepBatch
@@ -198,8 +196,17 @@ class PlainOps(TorchOps):
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
         """See `Ops.copy_blocks`."""
         for source, destination, count in copies.tolist():
-            for stored in (cache.key, cache.value):
-                stored[destination, :, :count] = stored[source, :, :count]
+            for stored in (cache.key, cache.value, cache.key_scale, cache.value_scale):
+                if stored is not None:
+                    stored[destination, :, :count] = stored[source, :, :count]
+
+
+def _decoded(
+    cache: LayerCache, codes: Tensor, scale: Tensor | None, blocks: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Keys or values of blocks, one after the other: [K, L, D]."""
+    scale = None if scale is None else scale[blocks]
+    return cache.kv_format.decode(codes[blocks], scale, dtype).transpose(0, 1).flatten(1, 2)
 
 
 def _attend(

@@ -33,9 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedcore_kernels.decode_attention import LOG2_E, MIN_ROWS
-from pagedcore_kernels.extend_attention import block_ids
 from pagedcore_kernels.extend_merge import merge_parts
 from pagedcore_kernels.extend_plan import MIN_PART, ExtendConfig
+from pagedcore_kernels.extend_tiles import block_ids
 from pagedcore_kernels.latent_decode import MOST_HEADS, heads_together
 
 

@@ -7,16 +7,20 @@
     cos_sin                   [P, R]              float32; cosines of R / 2 angles, then their sines
     query_weight, key_weight  [D]                 of the norm over each head
     positions, slots          [T]                 int64; a slot is block * B + offset; 0 is padding
-    key_cache, value_cache    [N, K, B, D]        contiguous; qkv's dtype or float8_e4m3fn; written
+    key_cache, value_cache    [N, K, B, D]        contiguous; qkv's dtype, float8_e4m3fn or int8;
+                                                  written
+    key_scale, value_scale    [N, K, B] float32   contiguous; of int8 alone; written
 
 The grid is (T, cdiv(H + 2K, HEADS)): one program moves HEADS heads of one token. The elements of a
 head are loaded as *first* and *second* of the pairs that turn together, and the *rest* that passes.
 It reads T * (H + 2K) * D elements and writes as many, and T * K * D more, since the keys go to two
 places; arithmetic is float32 with one rounding at the end. Padded tokens all write slot 0, in
-the null block, where nobody reads. An 8-bit cache holds the values as they are, scaled by 1 and
-limited to the largest that it can express, 448: beyond that the type knows only NaN.
+the null block, where nobody reads. A cache of float8 holds the values as they are, scaled by 1 and
+limited to the largest that it can express, 448: beyond that the type knows only NaN. One of int8
+holds whole numbers, and for each head a scale: its largest magnitude over 127, or NaN where a
+number is not finite.
 
-`TorchOps.rope_and_cache` is the specification.
+`TorchOps.rope_and_cache` is the specification, and `KVFormat.encode` that of what is kept.
 """
 
 import torch
@@ -40,6 +44,20 @@ def _normed(value, weight, column, inside, turns, is_query, inverse_rms, key_wei
 
 
 @triton.jit
+def _peak(x):
+    """The largest magnitude of each row of x: infinity for NaN, which a maximum would pass over."""
+    return tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
+
+
+@triton.jit
+def _whole(x, scale):
+    """x / scale, rounded to the nearest whole number, even ones first: as torch does."""
+    # adding 1.5 * 2 ** 23 leaves the number in the lowest bits
+    rounded = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0
+    return rounded.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def _rope_cache_kernel(
     qkv,
     cos_sin,
@@ -49,6 +67,8 @@ def _rope_cache_kernel(
     slots,
     key_cache,
     value_cache,
+    key_scale,
+    value_scale,
     qkv_stride,
     eps,
     NUM_HEADS: tl.constexpr,
@@ -62,6 +82,7 @@ def _rope_cache_kernel(
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
     LIMIT: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -118,10 +139,16 @@ def _rope_cache_kernel(
         rest = tl.clamp(rest, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     slot = tl.load(slots + token)
     kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
-    offset = slot // BLOCK_SIZE * NUM_KV_HEADS + kv_head
-    offset = (offset * BLOCK_SIZE + slot % BLOCK_SIZE) * D
-    target = tl.where(turns, key_cache, value_cache) + offset
+    place = slot // BLOCK_SIZE * NUM_KV_HEADS + kv_head
+    place = place * BLOCK_SIZE + slot % BLOCK_SIZE
+    target = tl.where(turns, key_cache, value_cache) + place * D
     is_stored = exists & (head >= NUM_HEADS)
+    if HAS_SCALES:
+        peak = tl.maximum(tl.maximum(_peak(first), _peak(second)), _peak(rest))
+        scale = tl.where(peak < float("inf"), peak / 127.0, float("nan"))
+        tl.store(tl.where(turns, key_scale, value_scale) + place, scale[:, None], is_stored)
+        divisor = tl.where(scale > 0, scale, 1.0)
+        first, second, rest = _whole(first, divisor), _whole(second, divisor), _whole(rest, divisor)
     tl.store(target + first_column[None, :], first, half_mask & is_stored)
     tl.store(target + second_column[None, :], second, half_mask & is_stored)
     tl.store(target + rest_column[None, :], rest, rest_mask & is_stored)
@@ -136,15 +163,21 @@ def rope_and_cache(
     value_cache: Tensor,
     positions: Tensor,
     slots: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+    *,
     heads_per_program: int = 4,
     num_warps: int = 1,
 ) -> None:
-    """Prepare qkv [T, (H + 2K) * D] for attention; the caches are [N, K, B, D]."""
+    """Prepare qkv [T, (H + 2K) * D] for attention; the caches are [N, K, B, D], `scales` [N, K, B].
+
+    `scales` are those of keys and of values.
+    """
     tokens = qkv.shape[0]
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     num_all = num_heads + 2 * num_kv_heads
     assert qkv.shape[1] == num_all * head_dim and qkv.stride(1) == 1
     assert key_cache.is_contiguous() and value_cache.is_contiguous()
+    assert scales is None or all(scale.is_contiguous() for scale in scales)
     assert positions.is_contiguous() and slots.is_contiguous()
     rotated = 0 if rope is None else rope.cos_sin.shape[1]
     assert rope is None or (rope.cos_sin.is_contiguous() and rotated % 2 == 0)
@@ -159,6 +192,7 @@ def rope_and_cache(
         slots,
         key_cache,
         value_cache,
+        *((qkv, qkv) if scales is None else scales),
         qkv.stride(0),
         0.0 if norm is None else norm.eps,
         NUM_HEADS=num_heads,
@@ -172,6 +206,7 @@ def rope_and_cache(
         HALF_PAD=triton.next_power_of_2(max(rotated // 2, 1)),
         REST_PAD=triton.next_power_of_2(max(head_dim - rotated, 1)),
         LIMIT=FP8_LIMIT if key_cache.dtype == torch.float8_e4m3fn else 0.0,
+        HAS_SCALES=scales is not None,
         DEPENDENT=can_depend(qkv.device),
         num_warps=num_warps,
         launch_pdl=can_depend(qkv.device),

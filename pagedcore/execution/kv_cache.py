@@ -1,5 +1,6 @@
 """Allocate the caches of all layers, and measure what else a step needs."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor
 
 from pagedcore.cache_spec import CacheGroup
 from pagedcore.config import EngineConfig
+from pagedcore.errors import ConfigError
 from pagedcore.execution import memory
 from pagedcore.execution.batch import profile_batch
+from pagedcore.execution.kv_formats import KVFormat
 from pagedcore.execution.model import Model
 from pagedcore.execution.ops import LayerCache, Ops, SamplingTensors
 
@@ -22,17 +25,19 @@ class CacheMaker:
         groups: tuple[CacheGroup, ...],
         num_layers: int,
         config: EngineConfig,
-        dtype: torch.dtype,
+        kv_format: KVFormat,
         device: torch.device,
     ) -> None:
+        """Raises ConfigError for a format that the backend or the layers cannot take."""
         assert config.cache.block_size is not None
         self.block_size = config.cache.block_size
-        self.block_bytes = memory.bytes_per_block(groups, self.block_size, dtype.itemsize)
+        self.block_bytes = memory.bytes_per_block(groups, self.block_size, kv_format.vector_bytes)
         self._ops = ops
         self.groups = groups
         self._num_layers = num_layers
-        self._dtype = dtype
+        self._format = kv_format
         self._device = device
+        check_format(ops, groups, kv_format)
 
     def __call__(self, num_blocks: int) -> list[LayerCache | None]:
         """One entry per layer, of `num_blocks` blocks each."""
@@ -45,9 +50,21 @@ class CacheMaker:
                     caches[layer] = replace(buffers[key], spec=group.spec, group=number)
                     continue
                 caches[layer] = buffers[key] = self._ops.new_cache(
-                    group.spec, number, num_blocks, self.block_size, self._dtype, self._device
+                    group.spec, number, num_blocks, self.block_size, self._format, self._device
                 )
         return caches
+
+
+def check_format(ops: Ops, groups: Iterable[CacheGroup], kv_format: KVFormat) -> None:
+    """Raise ConfigError for a format that a backend has no kernels for, or the layers no use."""
+    for group in groups:
+        if group.spec.latent and not kv_format.takes_latent:
+            raise ConfigError(
+                f"the KV cache format {kv_format.name!r} is not for models that keep latent "
+                "vectors (MLA): one scale for their two parts would lose the smaller one. Choose "
+                "kv_cache_dtype='fp8', or 'auto'"
+            )
+        ops.new_cache(group.spec, 0, 1, 1, kv_format, torch.device("meta"))
 
 
 @torch.inference_mode()

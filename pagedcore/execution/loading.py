@@ -25,6 +25,7 @@ from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.devices import available_bytes, choose_dtype, find_device, total_bytes
 from pagedcore.execution.executor import Executor
 from pagedcore.execution.kv_cache import CacheMaker, profile
+from pagedcore.execution.kv_formats import choose_kv_format
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.model_choice import choose_model
 from pagedcore.execution.model_config import complete_config
@@ -57,6 +58,7 @@ def build_executor(
     quantizer = choose_quantizer(config, of_model, plugins)
     dtype = choose_dtype(config.model.dtype, checkpoint.dtype, device)
     ops = choose_backend(config, device, dtype, plugins)
+    kv_format = choose_kv_format(config.cache.kv_cache_dtype, dtype, plugins)
     own_length = longest_context(of_model)
     asked = config.model.max_model_len
     check_asked_length(asked, own_length)
@@ -90,8 +92,7 @@ def build_executor(
     if isinstance(quantizer, Unquantized):  # others know best what becomes of the bytes
         memory.check_weights_fit(checkpoint.num_bytes, available)
     groups = group_layers(meta.cache_specs)
-    cache_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
-    make = CacheMaker(ops, groups, len(meta.cache_specs), config, cache_dtype, device)
+    make = CacheMaker(ops, groups, len(meta.cache_specs), config, kv_format, device)
 
     def size_cache(available: int) -> tuple[int, int]:
         """Blocks for `available` bytes, and the longest sequence that is taken."""

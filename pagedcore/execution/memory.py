@@ -7,7 +7,7 @@ or frees memory meanwhile changes nothing.
 import math
 from collections.abc import Sequence
 
-from pagedcore.cache_spec import CacheGroup, CacheSpec
+from pagedcore.cache_spec import CacheGroup, CacheSpec, VectorBytes
 from pagedcore.config import CacheConfig
 from pagedcore.errors import ConfigError
 
@@ -23,7 +23,9 @@ def in_gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}" if num_bytes >= GIB / 8 else f"{num_bytes / GIB:.6f}"
 
 
-def bytes_per_block(groups: Sequence[CacheGroup], block_size: int, itemsize: int) -> int:
+def bytes_per_block(
+    groups: Sequence[CacheGroup], block_size: int, vector_bytes: VectorBytes
+) -> int:
     """Bytes of one block in all layers.
 
     A block belongs to one group at a time, so groups share memory: layer i of one group and layer
@@ -35,7 +37,7 @@ def bytes_per_block(groups: Sequence[CacheGroup], block_size: int, itemsize: int
         if key not in largest or len(group.layers) > len(largest[key].layers):
             largest[key] = group
     return sum(
-        group.spec.bytes_per_block(block_size, itemsize) * len(group.layers)
+        group.spec.bytes_per_block(block_size, vector_bytes) * len(group.layers)
         for group in largest.values()
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.expert_ops import ExpertOps
+from pagedcore.execution.kv_formats import KVFormat
 from pagedcore.execution.lora_ops import AdapterStep, LoraOps
 from pagedcore.execution.quantized import QuantizedOps
 
@@ -72,14 +73,18 @@ class StepBatch:
 class LayerCache:
     """Keys and values of one layer. Only the backend that made it knows the layout.
 
-    A cache of latent vectors has them in `key`, and `value` is the same tensor.
+    A cache of latent vectors has them in `key`, and `value` is the same tensor. Where the format
+    has a scale for each vector, scales are tensors of their own, laid out like what they are of.
     """
 
     spec: CacheSpec
     group: int
     block_size: int
+    kv_format: KVFormat
     key: Tensor
     value: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -229,10 +234,15 @@ class Ops(QuantizedOps, ExpertOps, LoraOps, Protocol):
         group: int,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        kv_format: KVFormat,
         device: torch.device,
     ) -> LayerCache:
-        """Allocate one layer's cache in this backend's own layout; block 0 is the null block."""
+        """Allocate one layer's cache in this backend's own layout; block 0 is the null block.
+
+        It takes the bytes that spec and format say, and begins as zeros. Raises ConfigError, with
+        the formats that there are, for one that this backend has no kernels for. A start asks for
+        a cache on the device "meta" before it reads a weight.
+        """
         ...
 
     def rope_and_cache(

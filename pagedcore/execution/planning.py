@@ -6,6 +6,7 @@ The arithmetic is that of a start (`memory`, semantics MEM-1 to MEM-7). What a s
 peak of the largest step, is estimated by `Survey.step_bytes`.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from pagedcore.execution.survey import Survey, survey
 
 ON_LOAD = "fp8"
 """The weight format that any checkpoint of 16 bits can be asked for."""
+
+SMALL_CACHES = ("fp8", "int8")
+"""Cache formats of 8 bits, the smaller one first."""
 
 
 def plan_engine(
@@ -62,8 +66,8 @@ def share_out(
     assert budget is not None
     assert block_size is not None
     assert length is not None
-    cache_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else found.dtype
-    block_bytes = memory.bytes_per_block(found.groups, block_size, cache_dtype.itemsize)
+    vector_bytes = found.kv_format.vector_bytes
+    block_bytes = memory.bytes_per_block(found.groups, block_size, vector_bytes)
     total, requested, for_cache, step_bytes = _for_cache(config, found, gpu, budget, num_seqs)
     problem = None
     num_blocks = memory.count_blocks(config.cache, for_cache, block_bytes)
@@ -83,7 +87,7 @@ def share_out(
         architecture=found.architecture,
         device="cpu" if gpu is None else "gpu",
         dtype=_name(found.dtype),
-        cache_dtype=_name(cache_dtype),
+        cache_dtype=_name(found.kv_format.dtype),
         quantization=found.quantization,
         backend=found.backend,
         total_bytes=total,
@@ -93,7 +97,7 @@ def share_out(
         outside_bytes=0 if gpu is None else memory.OUTSIDE_BYTES,
         cache_bytes=num_blocks * block_bytes,
         row_bytes=_row_bytes(num_seqs, length, len(found.groups), block_size),
-        groups=_groups(found, cache_dtype.itemsize),
+        groups=_groups(found),
         block_size=block_size,
         block_bytes=block_bytes,
         num_blocks=num_blocks,
@@ -164,14 +168,12 @@ def _remedies(
     usage: Usage,
 ) -> tuple[Remedy, ...]:
     """Single changes with which a start would succeed, and the least GPU that needs none."""
-    cache = replace(config.cache, kv_cache_dtype="fp8")
     tried: list[tuple[str, EngineConfig, Survey]] = []
     length = plan.longest_that_fits
     if length >= 1 and plan.weight_bytes <= plan.requested_bytes:
         model = replace(config.model, max_model_len=length)
         tried.append((f"--max-model-len {length}", replace(config, model=model), found))
-    if plan.cache_dtype != _name(torch.float8_e4m3fn):
-        tried.append(("--kv-cache-dtype fp8", replace(config, cache=cache), found))
+    tried += _smaller_caches(config, folder, plugins, found, on_gpu=gpu is not None)
     if found.quantization == "none" and found.dtype.itemsize > 1:
         model = replace(config.model, quantization=ON_LOAD)
         smaller = replace(config, model=model)
@@ -191,6 +193,29 @@ def _remedies(
     if gpu is not None and config.cache.kv_cache_memory_bytes is None:
         remedies.append(_larger_gpu(plan, found))
     return tuple(remedies)
+
+
+def _smaller_caches(
+    config: EngineConfig,
+    folder: Path,
+    plugins: pluggy.PluginManager,
+    found: Survey,
+    *,
+    on_gpu: bool,
+) -> Iterator[tuple[str, EngineConfig, Survey]]:
+    """The start in the formats of 8 bits that take less than the one that was asked for."""
+    for name in SMALL_CACHES:
+        changed = replace(config, cache=replace(config.cache, kv_cache_dtype=name))
+        try:
+            other = survey(changed, folder, plugins, on_gpu=on_gpu)
+        except PagedcoreError:  # not for this model, or not on this backend
+            continue
+        sizes = (
+            memory.bytes_per_block(each.groups, 1, each.kv_format.vector_bytes)
+            for each in (other, found)
+        )
+        if next(sizes) < next(sizes):
+            yield f"--kv-cache-dtype {name}", changed, other
 
 
 def _result(plan: Plan) -> str:
@@ -217,7 +242,7 @@ def _row_bytes(num_seqs: int, length: int, num_groups: int, block_size: int) -> 
     return 4 * (num_seqs + 1) * (length + 1 + num_groups * blocks)
 
 
-def _groups(found: Survey, itemsize: int) -> tuple[GroupPlan, ...]:
+def _groups(found: Survey) -> tuple[GroupPlan, ...]:
     return tuple(
         GroupPlan(
             num_layers=len(group.layers),
@@ -225,7 +250,8 @@ def _groups(found: Survey, itemsize: int) -> tuple[GroupPlan, ...]:
             head_dim=group.spec.head_dim,
             window=group.spec.window,
             is_latent=group.spec.latent,
-            bytes_per_token=group.spec.bytes_per_block(1, itemsize) * len(group.layers),
+            bytes_per_token=len(group.layers)
+            * group.spec.bytes_per_block(1, found.kv_format.vector_bytes),
         )
         for group in found.groups
     )

@@ -26,6 +26,8 @@ from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.devices import choose_dtype
 from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.headless import complete
+from pagedcore.execution.kv_cache import check_format
+from pagedcore.execution.kv_formats import KVFormat, choose_kv_format
 from pagedcore.execution.layers import Head
 from pagedcore.execution.loading import (
     check_asked_length,
@@ -69,6 +71,9 @@ class Survey:
     """Longest sequence by config.json."""
 
     groups: tuple[CacheGroup, ...]
+    kv_format: KVFormat
+    """In which the cache keeps keys and values."""
+
     num_layers: int
     vocab_size: int
     weight_bytes: int
@@ -112,6 +117,7 @@ def survey(
     dtype = choose_dtype(config.model.dtype, checkpoint.dtype, _CPU)  # every GPU has bfloat16
     ops = _backend(config, dtype, plugins, notes) if on_gpu else None
     ops = ops or choose_backend(config, _CPU, dtype, plugins)
+    kv_format = choose_kv_format(config.cache.kv_cache_dtype, dtype, plugins)
     own_length = longest_context(of_model)
     asked = config.model.max_model_len
     check_asked_length(asked, own_length)
@@ -127,6 +133,7 @@ def survey(
     model = model_class(build)
     checkpoint.check_all_taken()
     groups = group_layers(model.cache_specs)
+    check_format(ops, groups, kv_format)
     if config.lora.enable_lora:
         without = replace(config.lora, lora_modules=())  # which have room whether there or not
         model, _ = build_adapted(model_class, build, without, is_decoder=bool(groups))
@@ -143,6 +150,7 @@ def survey(
         block_size=ops.block_size,
         own_length=own_length,
         groups=groups,
+        kv_format=kv_format,
         num_layers=len(model.cache_specs),
         vocab_size=model.vocab_size,
         weight_bytes=storage_bytes(part for part in parts if isinstance(part, Tensor))

@@ -4,7 +4,8 @@
     G = H / K  D head size                N blocks   B positions per block   L positions, M blocks
 
     qkv     [T, (H + 2K) * D]
-    store   [N, B, 2K, D]        keys of a slot, then its values
+    store   [N, B, 2K, C]        keys of a slot, then its values: C codes of each, by its format;
+                                 and [N, B, 2K] scales, where the format has them
     out     [T, H * D]
 
 Sequences with one token are taken together, in *parts*: their blocks are gathered side by side, and
@@ -135,7 +136,7 @@ def attend(
         out[part.tokens] = _attend_part(query[part.tokens], cache, part, scale, soft_cap, sinks)
     for prompt in plan.prompts:
         tokens, is_usual = prompt.tokens, soft_cap is None and sinks is None
-        if prompt.is_plain and is_usual and cache.key.dtype == qkv.dtype:
+        if prompt.is_plain and is_usual and cache.kv_format.is_exact(qkv.dtype):
             keys_values = heads[tokens, num_heads:]
             key, value = _spread(keys_values, grouped)
             mixed = scaled_dot_product_attention(
@@ -196,9 +197,15 @@ def attend_to(
 
 def gather(cache: LayerCache, blocks: Tensor | slice, dtype: torch.dtype) -> Tensor:
     """The slots of blocks, one after the other: [M * B, 2K, D]."""
-    store = cache.key
+    codes = _slots_of(cache.key, blocks)
+    scale = None if cache.key_scale is None else _slots_of(cache.key_scale, blocks)
+    return cache.kv_format.decode(codes, scale, dtype)
+
+
+def _slots_of(store: Tensor, blocks: Tensor | slice) -> Tensor:
+    """Of store [N, B, ...]: [M * B, ...]."""
     found = store[blocks] if isinstance(blocks, slice) else store.index_select(0, blocks)
-    return found.flatten(0, 1).to(dtype)
+    return found.flatten(0, 1)
 
 
 def _spread(keys_values: Tensor, grouped: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

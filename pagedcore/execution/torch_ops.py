@@ -4,8 +4,9 @@
 
 A layer's cache is one tensor [N, B, 2K, D], `LayerCache.key`: the keys of a slot, then its values,
 so that a step's tokens are written, and a block is read, in one go. `LayerCache.value` is the part
-of it that holds values. Latent vectors are one head [N, B, 1, D]. Attention has a module of its
-own, `torch_attention.py`, and so have experts and what has 8 bits.
+of it that holds values. Latent vectors are one head [N, B, 1, D]. Scales, where the cache's format
+has them, are [N, B, 2K]. Attention has a module of its own, `torch_attention.py`, and so have
+experts and what has 8 bits.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.kv_formats import KVFormat
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
 from pagedcore.execution.torch_attention import attend
 from pagedcore.execution.torch_experts import TorchExpertOps
@@ -131,16 +133,20 @@ class TorchOps(TorchQuantizedOps, TorchExpertOps, TorchLatentOps, TorchLoraOps):
         group: int,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        kv_format: KVFormat,
         device: torch.device,
     ) -> LayerCache:
-        """See `Ops.new_cache`."""
-        num_vectors = spec.num_kv_heads if spec.latent else 2 * spec.num_kv_heads
-        shape = (num_blocks, block_size, num_vectors, spec.head_dim)
-        store = torch.zeros(shape, dtype=dtype, device=device)
-        if spec.latent:
-            return LayerCache(spec, group, block_size, store, store)
-        return LayerCache(spec, group, block_size, store, store[:, :, spec.num_kv_heads :])
+        """See `Ops.new_cache`. Every format is one that `encode` and `decode` run."""
+        first = 0 if spec.latent else spec.num_kv_heads  # of the values
+        shape = (num_blocks, block_size, first + spec.num_kv_heads)
+        codes = (*shape, kv_format.num_codes(spec.head_dim))
+        store = torch.zeros(codes, dtype=kv_format.dtype, device=device)
+        values = store[:, :, first:] if first else store
+        cache = LayerCache(spec, group, block_size, kv_format, store, values)
+        if kv_format.scale_dtype is not None:
+            cache.key_scale = torch.zeros(shape, dtype=kv_format.scale_dtype, device=device)
+            cache.value_scale = cache.key_scale[:, :, first:]
+        return cache
 
     def rope_and_cache(
         self,
@@ -181,10 +187,11 @@ class TorchOps(TorchQuantizedOps, TorchExpertOps, TorchLatentOps, TorchLoraOps):
 
     def copy_blocks(self, cache: LayerCache, copies: Tensor) -> None:
         """See `Ops.copy_blocks`."""
-        store = cache.key
         for source, destination, count in copies.tolist():
-            store[destination, :count] = store[source, :count]
-            store[destination, count:] = 0  # what was there may be NaN; see `torch_attention`
+            for store in (cache.key, cache.key_scale):
+                if store is not None:
+                    store[destination, :count] = store[source, :count]
+                    store[destination, count:] = 0  # it may be NaN; see `torch_attention`
 
     def sample(self, logits: Tensor, sampling: SamplingTensors) -> Tensor:
         """See `Ops.sample`."""

@@ -61,12 +61,16 @@ def rotate(heads: Tensor, rope: RopeTable, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def write_slots(rows: Tensor, cache: LayerCache, batch: StepBatch) -> None:
-    """Write rows [T, ...] into slots of the cache [N, B, ...]; blocks that begin are cleared."""
+    """Write rows [T, heads, D] into slots of the cache; blocks that begin are cleared."""
     slots = batch.slots[cache.group]
     begun = once(batch, ("begun", cache.group), lambda: begun_blocks(slots, cache.block_size))
-    store, rows = cache.key, rows.to(cache.key.dtype)
+    store, (codes, scale) = cache.key, cache.kv_format.encode(rows)
     if store.itemsize == 1:  # there is no indexing for float8
-        store, rows = store.view(torch.uint8), rows.view(torch.uint8)
+        store, codes = store.view(torch.uint8), codes.view(torch.uint8)
     if len(begun):
         store.index_fill_(0, begun, 0)
-    store.flatten(0, 1).index_copy_(0, slots, rows)
+    store.flatten(0, 1).index_copy_(0, slots, codes)
+    if cache.key_scale is not None and scale is not None:
+        if len(begun):
+            cache.key_scale.index_fill_(0, begun, 0)
+        cache.key_scale.flatten(0, 1).index_copy_(0, slots, scale)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import PluginError
 from pagedcore.execution.expert_ops import Experts, Routing
+from pagedcore.execution.kv_formats import as_is
 from pagedcore.execution.lora_ops import NO_ADAPTER, AdapterStep, LoraWeights
 from pagedcore.execution.ops import LayerCache, Ops, QKNorm, RopeTable, SamplingTensors
 from pagedcore.execution.quantized import FLOAT8
@@ -153,7 +154,7 @@ def _attention(ops: Ops, plain: Ops, draw: Draw) -> Pairs:
         for backend, new, old, part in ((ops, qkv, past, 0), (plain, qkv32, past32, 1)):
             norm = QKNorm(norms[0][part], norms[1][part], 1e-6)
             cache = backend.new_cache(
-                spec, 0, step.num_blocks, step.block_size, new.dtype, torch.device("cpu")
+                spec, 0, step.num_blocks, step.block_size, as_is(new.dtype), torch.device("cpu")
             )
             _run_past(backend, cache, old.clone(), heads, rope, norm, step)
             mine = new.clone()
@@ -265,7 +266,7 @@ def _copies(ops: Ops, plain: Ops, draw: Draw) -> Pairs:
     step = draw_step(draw.generator, lengths=[(1, 14)])
     width = 6 * 16
     past, new = draw.pair(sum(step.past), width)[0], draw.pair(1, width)[0]
-    cache = ops.new_cache(spec, 0, step.num_blocks + 1, 16, draw.dtype, torch.device("cpu"))
+    cache = ops.new_cache(spec, 0, step.num_blocks + 1, 16, as_is(draw.dtype), torch.device("cpu"))
     none = QKNorm(torch.ones(16, dtype=draw.dtype), torch.ones(16, dtype=draw.dtype), 1e-6)
     rope = RopeTable(torch.cat([torch.ones(64, 8), torch.zeros(64, 8)], 1))
     _run_past(ops, cache, past, 2, rope, none, step)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pagedcore.cache_spec import group_layers
 from pagedcore.execution.checkpoint import Checkpoint
+from pagedcore.execution.kv_formats import KVFormat, as_is
 from pagedcore.execution.model import Model, ModelBuild
 from pagedcore.execution.model_config import complete_config
 from pagedcore.execution.ops import LayerCache, Ops, StepBatch
@@ -30,6 +31,7 @@ class PagedModel:
         ops: Ops | None = None,
         dtype: torch.dtype = torch.float32,
         quantizer: Quantizer | None = None,
+        kv_format: KVFormat | None = None,
         num_rows: int = 4,
         block_size: int = 4,
         max_positions: int = 256,
@@ -54,7 +56,7 @@ class PagedModel:
             self.model = model_class(replace(build, weights=weights, device=device))
         weights.finish()
         self.groups = group_layers(self.model.cache_specs)
-        self._dtype = dtype
+        self._kv_format = kv_format or as_is(dtype)
         self._max_positions = max_positions
         self._num_rows = num_rows
         self.new_caches(block_size)
@@ -68,7 +70,7 @@ class PagedModel:
         for number, group in enumerate(self.groups):
             for layer in group.layers:
                 self.caches[layer] = self.ops.new_cache(
-                    group.spec, number, num_blocks, block_size, self._dtype, torch.device("cpu")
+                    group.spec, number, num_blocks, block_size, self._kv_format, torch.device("cpu")
                 )
         self.forget()
 

@@ -36,6 +36,7 @@ def plugin_checks(
             yield Check(f"{_kind(hook)} {offer}", "", called)
     yield from _models(collect(manager, "pagedcore_models"), manager, backends)
     yield from _quantizers(collect(manager, "pagedcore_quantizers"), manager)
+    yield from _kv_formats(collect(manager, "pagedcore_kv_formats"))
     yield from _backends(collect(manager, "pagedcore_backends"))
     if serves:
         from pagedcore.testing.mount_kit import mount_checks
@@ -103,6 +104,16 @@ def _quantizers(offered: Mapping[str, Callable[..., Any]], manager: Any) -> Iter
         else:
             error = UnknownNameError("quantizer", name, offered)
             yield Check(f"quantizer {name}", "", partial(_fail, error))
+
+
+def _kv_formats(offered: Mapping[str, Callable[..., Any]]) -> Iterator[Check]:
+    if not offered:
+        return
+    from pagedcore.testing.kv_format_kit import kv_format_checks
+
+    for name, factory in offered.items():
+        if callable(factory):
+            yield from kv_format_checks(name, factory)
 
 
 def _backends(offered: Mapping[str, Callable[[str], "Ops"]]) -> Iterator[Check]:
@@ -178,6 +189,20 @@ def _check_processor(factory: Callable[..., Any]) -> str:
     return ""
 
 
+def _check_kv_format(factory: Callable[..., Any]) -> str:
+    import torch
+
+    from pagedcore.execution.kv_formats import KVFormat
+
+    kv_format = factory(torch.bfloat16)
+    if not isinstance(kv_format, KVFormat):
+        raise PluginError(f"the factory must return a KVFormat, not {kv_format!r}")
+    for name in ("name", "dtype", "max_error"):
+        if not hasattr(kv_format, name):
+            raise PluginError(f"{type(kv_format).__name__} lacks {name}")
+    return f"{kv_format.vector_bytes(128)} bytes of a vector of 128"
+
+
 def _check_quantizer(factory: Callable[..., Any]) -> str:
     return _check_arguments(factory, {})
 
@@ -224,6 +249,7 @@ _SIMPLE: dict[str, Callable[[Callable[..., Any]], str]] = {
     "pagedcore_policies": _check_policy,
     "pagedcore_logits_processors": _check_processor,
     "pagedcore_quantizers": _check_quantizer,
+    "pagedcore_kv_formats": _check_kv_format,
     "pagedcore_weight_writers": _check_writer,
     "pagedcore_servers": _check_server,
 }

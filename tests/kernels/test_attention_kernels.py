@@ -5,11 +5,13 @@ import random
 import pytest
 import torch
 
+from pagedcore.execution.kv_formats import Int8, fp8
 from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.steps import make_step
 from pagedcore_kernels.extend_attention import extend_attention
 from pagedcore_kernels.extend_plan import ExtendConfig, build_tile_list, num_parts
 from pagedcore_kernels.fallback import PlainOps
+from pagedcore_kernels.kept_types import scales_of
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 SCALE = 0.3
@@ -21,6 +23,11 @@ def on_gpu(test):
     return pytest.mark.gpu(missing(test))
 
 
+def kept(cache, codes, scale):
+    """The numbers [N, K, B, D] that a cache holds, in float64."""
+    return cache.kv_format.decode(codes, scale, torch.float64).cpu()
+
+
 def reference(step, soft_cap=None, sinks=None):
     """Float64, one token and one head at a time."""
     batch, cache = step.batch, step.cache
@@ -29,7 +36,10 @@ def reference(step, soft_cap=None, sinks=None):
     window = cache.spec.window or 1 << 30
     out = torch.zeros(len(step.qkv), step.num_heads, head_dim, dtype=torch.float64)
     queries = step.qkv.double().cpu().reshape(len(step.qkv), -1, head_dim)
-    keys, values = cache.key.double().cpu(), cache.value.double().cpu()
+    keys, values = (
+        kept(cache, cache.key, cache.key_scale),
+        kept(cache, cache.value, cache.value_scale),
+    )
     starts = batch.query_start.tolist()
     for i, (context, row) in enumerate(
         zip(batch.context_len.tolist(), batch.rows.tolist(), strict=True)
@@ -118,11 +128,34 @@ def test_sixteen_bits_are_enough(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_keys_and_values_may_be_kept_in_eight_bits(dtype, device):
-    lengths = [*SINGLE, *LONGER]
-    step = make_step(lengths, dtype=dtype, cache_dtype=torch.float8_e4m3fn, device=device)
+@pytest.mark.parametrize("kv_format", [fp8(), Int8()], ids=lambda kv_format: kv_format.name)
+def test_keys_and_values_may_be_kept_in_eight_bits(kv_format, dtype, device):
+    step = make_step([*SINGLE, *LONGER], dtype=dtype, kv_format=kv_format, device=device)
     assert_right(step)
     assert_right(step, make_ops=PlainOps)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize(("block_size", "window"), [(16, None), (16, 7), (64, 100), (128, None)])
+def test_scales_are_found_wherever_a_position_lies(head_dim, block_size, window, device):
+    lengths = [(1, 1), (1, 70), (1, 200), (9, 9), (40, 150)]
+    step = make_step(
+        lengths, num_heads=6, head_dim=head_dim, block_size=block_size, window=window,
+        kv_format=Int8(), num_padding=2, device=device,
+    )  # fmt: skip
+    spread_scales(step)
+    sinks = torch.tensor([-50.0, -2.0, 0.0, 1.0, 5.0, 200.0], device=device)
+    assert_right(step)
+    assert_right(step, soft_cap=1.5)
+    assert_right(step, sinks=sinks)
+
+
+def spread_scales(step):
+    """Let the vectors of an 8-bit cache differ in size, from 0.2 to 5 times."""
+    rng = torch.Generator().manual_seed(1)
+    for scale in (step.cache.key_scale, step.cache.value_scale):
+        factor = torch.empty(scale.shape).uniform_(-1.6, 1.6, generator=rng).exp()
+        scale.mul_(factor.to(scale.device))
 
 
 def test_padding_gives_zeros_and_disturbs_nobody(device):
@@ -151,13 +184,16 @@ def test_without_begin_step_each_layer_derives_its_own(device):
     torch.testing.assert_close(got, attend(TritonOps(device), step))
 
 
-def test_a_sequence_with_nan_leaves_the_others_alone(device):
-    step = make_step([(1, 40), (1, 90), (1, 17), (12, 50), (30, 30)], device=device)
-    good = attend(TritonOps(device), step)
+@pytest.mark.parametrize("kv_format", [None, Int8()], ids=["own type", "int8"])
+def test_a_sequence_with_nan_leaves_the_others_alone(kv_format, device):
+    lengths = [(1, 40), (1, 90), (1, 17), (12, 50), (30, 30)]
+    step = make_step(lengths, kv_format=kv_format, device=device)
+    good, cache = attend(TritonOps(device), step), step.cache
     for sequence in (1, 3):
         row = step.batch.rows[sequence]
         block = step.batch.block_tables[1, row, 0]
-        step.cache.key[block], step.cache.value[block] = torch.nan, torch.nan
+        for stored in (cache.key, cache.value) if kv_format is None else scales_of(cache):
+            stored[block] = torch.nan
     got = attend(TritonOps(device), step)
     assert got[1].isnan().all()
     others = [0, 2, *range(15, 45)]
@@ -263,12 +299,15 @@ def test_every_head_size_and_type_on_the_gpu(dtype, head_dim):
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-def test_eight_bits_on_the_gpu(dtype, head_dim):
-    lengths = [(1, 1), (1, 1000), (1, 64), (200, 200), (17, 300)]
-    kept = torch.float8_e4m3fn
+@pytest.mark.parametrize("kv_format", [fp8(), Int8()], ids=lambda kv_format: kv_format.name)
+def test_eight_bits_on_the_gpu(kv_format, dtype, head_dim):
+    lengths = [(1, 1), (1, 1000), (1, 64), (200, 200), (17, 300), (64, 3000)]
     step = make_step(
-        lengths, head_dim=head_dim, block_size=64, dtype=dtype, cache_dtype=kept, device="cuda"
-    )
+        lengths, num_heads=8, head_dim=head_dim, block_size=64, dtype=dtype, kv_format=kv_format,
+        device="cuda",
+    )  # fmt: skip
+    if kv_format.scale_dtype is not None:
+        spread_scales(step)
     assert_right(step)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.kv_formats import as_is, fp8
 from pagedcore.execution.ops import LayerCache, RopeTable, StepBatch
 from pagedcore.execution.torch_ops import TorchOps
 from pagedcore_kernels import latent_ops
@@ -110,9 +111,7 @@ def test_one_long_sequence_beside_many_short_ones_is_cut_and_merged(device):
 
 
 def test_vectors_may_be_kept_in_eight_bits(device):
-    step = make_latent_step(
-        SINGLE + LONGER, dtype=torch.float16, cache_dtype=torch.float8_e4m3fn, device=device
-    )
+    step = make_latent_step(SINGLE + LONGER, dtype=torch.float16, kv_format=fp8(), device=device)
     assert_right(step)
     assert_right(step, PlainOps)
 
@@ -185,7 +184,7 @@ def test_vectors_are_normed_turned_and_written(
         ops.latent_to_cache(query, wide[..., 20:], latent, rope, weight, 1e-6, cache, step.batch)
         results.append((query, key))
     plain = TorchOps(device)
-    cache = plain.new_cache(step.cache.spec, 1, len(key), 16, dtype, torch.device(device))
+    cache = plain.new_cache(step.cache.spec, 1, len(key), 16, as_is(dtype), torch.device(device))
     query = torch.zeros_like(step.query)
     plain.begin_step(step.batch)
     plain.latent_to_cache(query, wide[..., 20:], latent, rope, weight, 1e-6, cache, step.batch)

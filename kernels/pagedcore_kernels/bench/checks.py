@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kernel_bench import Check
+from pagedcore.execution.kv_formats import as_is, fp8
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.latent_checks import check_latent, check_sinks
@@ -32,9 +33,9 @@ def attention_error(step: PagedStep, soft_cap: float | None = None) -> float:
     scale = step.cache.spec.head_dim**-0.5
     ops.begin_step(step.batch)
     got = ops.attention(step.qkv, step.num_heads, scale, step.cache, step.batch, soft_cap)
-    exact = replace(step.cache, key=step.cache.key.float(), value=step.cache.value.float())
-    queries = step.qkv.float()
-    want = plain.attention(queries, step.num_heads, scale, exact, step.batch, soft_cap)
+    want = plain.attention(
+        step.qkv.float(), step.num_heads, scale, step.cache, step.batch, soft_cap
+    )
     return relative_error(got, want)
 
 
@@ -75,7 +76,7 @@ def _check_attention(device: str, dtype: torch.dtype, small: bool) -> Iterator[C
     if not small and dtype != torch.float32:
         step = make_step(
             lengths, num_heads=16, num_kv_heads=8, head_dim=128, block_size=64, dtype=dtype,
-            cache_dtype=torch.float8_e4m3fn, device=device,
+            kv_format=fp8(), device=device,
         )  # fmt: skip
         yield Check(f"attention {kind}, keys and values fp8", attention_error(step), LIMITS[dtype])
         step = make_step(
@@ -142,11 +143,12 @@ def _rope(
     """What is left in qkv, keys and values; the plain operation works in float32."""
     dtype = torch.float32 if isinstance(ops, PlainOps) else step.qkv.dtype
     spec, num_blocks = step.cache.spec, len(step.cache.key)
-    cache = ops.new_cache(spec, 1, num_blocks, step.cache.block_size, dtype, step.qkv.device)
+    block_size, device = step.cache.block_size, step.qkv.device
+    cache = ops.new_cache(spec, 1, num_blocks, block_size, as_is(dtype), device)
     if isinstance(ops, PlainOps):
         shape = step.cache.key.shape
-        cache = replace(cache, key=torch.zeros(shape, device=step.qkv.device))
-        cache = replace(cache, value=torch.zeros(shape, device=step.qkv.device))
+        cache = replace(cache, key=torch.zeros(shape, device=device))
+        cache = replace(cache, value=torch.zeros(shape, device=device))
     qkv = step.qkv.to(dtype).clone()
     norm = QKNorm(weights[0].to(dtype), weights[1].to(dtype), 1e-6)
     ops.rope_and_cache(qkv, step.num_heads, rope, norm, cache, step.batch)

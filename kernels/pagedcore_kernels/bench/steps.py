@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.kv_formats import KVFormat, as_is
 from pagedcore.execution.ops import LayerCache, StepBatch
 
 
@@ -35,13 +36,14 @@ def make_step(
     block_size: int = 16,
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
-    cache_dtype: torch.dtype | None = None,
+    kv_format: KVFormat | None = None,
     num_padding: int = 0,
     seed: int = 0,
     device: str = "cpu",
 ) -> PagedStep:
     """Sequences of (new tokens, context with them), those with one token first.
 
+    The cache's format is `dtype` itself, or `kv_format`.
     Blocks are scattered, tables go on behind what a sequence has with a block of NaN, rows are in
     no order, and what no window reaches is NaN. `num_padding` empty sequences follow the single
     ones, as in a graph.
@@ -87,6 +89,9 @@ def make_step(
         max_context_len=max(context for _, context in parts),
     )
     spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
-    key, value = stored.to(device=device, dtype=cache_dtype or dtype).unbind(0)
-    cache = LayerCache(spec, 1, block_size, key, value)
+    kv_format = kv_format or as_is(dtype)
+    codes, scale = kv_format.encode(stored.to(device=device, dtype=dtype))
+    cache = LayerCache(spec, 1, block_size, kv_format, *codes.unbind(0))
+    if scale is not None:
+        cache.key_scale, cache.value_scale = scale.unbind(0)
     return PagedStep(batch, cache, wide.to(device=device, dtype=dtype)[:, :columns], num_heads)

@@ -5,13 +5,14 @@ size or rows that are spread out, is left to the plain operation. A step of one 
 of its time on what surrounds the kernels, hence the care about calls here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.kv_formats import KVFormat
 from pagedcore.execution.native.grouped_ops import GroupedOps
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
 
@@ -23,7 +24,7 @@ _MAX_HEAD, _MAX_GROUP = 256, 96
 class _Cache(LayerCache):
     """A cache that the kernels read and write."""
 
-    store: int
+    store: int = field(kw_only=True)
     """Its address."""
 
 
@@ -120,16 +121,16 @@ class NativeOps(GroupedOps):
         group: int,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        kv_format: KVFormat,
         device: torch.device,
     ) -> LayerCache:
-        """See `Ops.new_cache`."""
-        cache = super().new_cache(spec, group, num_blocks, block_size, dtype, device)
+        """See `Ops.new_cache`. Formats but bfloat16 itself are left to plain attention."""
+        cache = super().new_cache(spec, group, num_blocks, block_size, kv_format, device)
         fits = spec.head_dim % 32 == 0 and spec.head_dim <= _MAX_HEAD and not spec.latent
-        if dtype != torch.bfloat16 or not fits:
+        if not kv_format.is_exact(torch.bfloat16) or not fits:
             return cache
         address = cache.key.data_ptr()
-        return _Cache(spec, group, block_size, cache.key, cache.value, store=address)
+        return _Cache(spec, group, block_size, kv_format, cache.key, cache.value, store=address)
 
     def rope_and_cache(
         self,

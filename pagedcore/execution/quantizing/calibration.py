@@ -15,6 +15,7 @@ from pagedcore.cache_spec import group_layers
 from pagedcore.errors import ConfigError, ModelError
 from pagedcore.execution.batch import slots_of
 from pagedcore.execution.checkpoint import Checkpoint
+from pagedcore.execution.kv_formats import as_is
 from pagedcore.execution.model import Model, ModelBuild, Weights
 from pagedcore.execution.ops import LayerCache, Ops, StepBatch
 from pagedcore.execution.quantizing.balance import (
@@ -96,7 +97,7 @@ class Runner:
         for number, group in enumerate(groups):
             for layer in group.layers:
                 caches[layer] = self.ops.new_cache(
-                    group.spec, number, num_blocks, size, self.dtype, self.device
+                    group.spec, number, num_blocks, size, as_is(self.dtype), self.device
                 )
         positions = torch.arange(len(tokens), device=self.device)
         table = torch.arange(1, num_blocks, dtype=torch.int32, device=self.device)

@@ -151,6 +151,10 @@ SETTINGS = {
     "an unknown weight format": (["--quantization", "fp9"], "did you mean 'fp8'?"),
     "an unknown backend": (["--backend", "torc"], "did you mean 'torch'? Installed: "),
     "a backend of another device": (["--backend", "triton"], "backend='torch'"),
+    "an unknown cache format": (
+        ["--kv-cache-dtype", "int9"],
+        "no kv format is named 'int9': did you mean 'int8'? Installed: auto, fp8, fp8_e4m3, int8",
+    ),
     "an unknown policy": (["--scheduling-policy", "prio"], "no policy is named 'prio': did you"),
     "an unknown plugin to disable": (["--disable-plugin", "modells"], "did you mean 'models'?"),
     "a model plugin that is disabled": (

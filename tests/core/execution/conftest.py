@@ -7,6 +7,7 @@ import torch
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.errors import ConfigError
+from pagedcore.execution.kv_formats import as_is
 from pagedcore.execution.native.ops import NativeOps
 from pagedcore.execution.ops import StepBatch
 from pagedcore.execution.torch_ops import TorchOps
@@ -36,7 +37,7 @@ class Pool:
         soft_cap=None,
         has_sinks=False,
         dtype=torch.float32,
-        cache_dtype=None,
+        kv_format=None,
         num_blocks=400,
         seed=0,
         ordered=False,
@@ -50,15 +51,19 @@ class Pool:
         self.random = torch.Generator().manual_seed(seed)
         self.sinks = 3 * torch.randn(num_heads, generator=self.random) if has_sinks else None
         spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+        self.kv_format = kv_format or as_is(dtype)
         self.cache = self.ops.new_cache(
-            spec, 0, num_blocks, block_size, cache_dtype or dtype, torch.device("cpu")
+            spec, 0, num_blocks, block_size, self.kv_format, torch.device("cpu")
         )
         free = torch.randperm(num_blocks - 1, generator=self.random) + 1
         self.free = list(range(num_blocks - 1, 0, -1)) if ordered else free.tolist()
 
     def sequence(self, length):
+        """Random heads, of which keys and values are numbers that the cache's format has."""
         shape = (length, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         heads = torch.randn(shape, generator=self.random).to(self.dtype)
+        past = heads[:, self.num_heads :]
+        past.copy_(self.kv_format.decode(*self.kv_format.encode(past), self.dtype))
         count = -(-length // self.block_size)
         return Sequence(heads, [self.free.pop() for _ in range(count)])
 

@@ -1,6 +1,7 @@
 """How many blocks there are, and whether a sequence fits into them (MEM-1 to MEM-7)."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,10 +9,12 @@ from pagedcore.cache_spec import CacheSpec, group_layers
 from pagedcore.config import CacheConfig
 from pagedcore.errors import ConfigError
 from pagedcore.execution import memory
+from pagedcore.execution.kv_formats import as_is
 from pagedcore.scheduling.blocks import BlockPool
 from pagedcore.scheduling.paging import Pager
 
 GIB = memory.GIB
+SIXTEEN_BITS = as_is(torch.bfloat16).vector_bytes
 
 
 def layers(*windows, heads=8, head_dim=128):
@@ -21,7 +24,7 @@ def layers(*windows, heads=8, head_dim=128):
 
 def test_a_block_has_the_bytes_of_the_rules_example():
     """MEM-5: 32 layers, B=16, 8 heads of 128, 2 bytes: 2 MiB; 10 GiB are 5120 blocks."""
-    block = memory.bytes_per_block(layers(*[None] * 32), 16, 2)
+    block = memory.bytes_per_block(layers(*[None] * 32), 16, SIXTEEN_BITS)
     assert block == 2 * 2**20
     assert memory.count_blocks(CacheConfig(), 10 * GIB, block) == 5120
     assert memory.longest_that_fits(layers(None), 5120, 16, 8192) == 81_904
@@ -31,7 +34,9 @@ def test_layers_of_two_groups_share_memory():
     both = layers(None, 64, None, 64, 64)
     assert len(both) == 2
     alone = layers(64, 64, 64)
-    assert memory.bytes_per_block(both, 16, 2) == memory.bytes_per_block(alone, 16, 2)
+    assert memory.bytes_per_block(both, 16, SIXTEEN_BITS) == memory.bytes_per_block(
+        alone, 16, SIXTEEN_BITS
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,15 +57,15 @@ def test_many_layers_that_forget_are_cut_to_the_size_of_those_that_do_not(patter
     assert [len(group.layers) for group in groups] == sizes
     assert sorted(layer for group in groups for layer in group.layers) == [*range(len(pattern))]
     assert all(pattern[layer] == g.spec.window for g in groups for layer in g.layers)
-    assert memory.bytes_per_block(groups, 16, 2) == max(sizes) * memory.bytes_per_block(
-        layers(None), 16, 2
+    assert memory.bytes_per_block(groups, 16, SIXTEEN_BITS) == max(sizes) * memory.bytes_per_block(
+        layers(None), 16, SIXTEEN_BITS
     )
 
 
 def test_layers_of_another_shape_have_memory_of_their_own():
     specs = [CacheSpec(num_kv_heads=8, head_dim=64), CacheSpec(num_kv_heads=4, head_dim=64)]
-    each = [memory.bytes_per_block(group_layers([spec]), 16, 2) for spec in specs]
-    assert memory.bytes_per_block(group_layers(specs), 16, 2) == sum(each)
+    each = [memory.bytes_per_block(group_layers([spec]), 16, SIXTEEN_BITS) for spec in specs]
+    assert memory.bytes_per_block(group_layers(specs), 16, SIXTEEN_BITS) == sum(each)
 
 
 def test_the_start_fails_when_less_is_free_than_was_asked_for():
@@ -91,7 +96,7 @@ def test_explicit_amounts_replace_what_memory_would_give():
 def test_a_sequence_that_does_not_fit_stops_the_start_with_the_largest_that_does():
     """MEM-6"""
     groups = layers(None)
-    block = memory.bytes_per_block(groups, 16, 2)
+    block = memory.bytes_per_block(groups, 16, SIXTEEN_BITS)
     assert memory.check_length(None, 4096, groups, 257, 16, block, 8192) == 4096
     with pytest.raises(ConfigError, match="largest max_model_len that fits is 4080"):
         memory.check_length(None, 4096, groups, 256, 16, block, 8192)

@@ -9,6 +9,7 @@ import torch
 
 import pagedcore_models
 from pagedcore.cache_spec import CacheSpec
+from pagedcore.execution.kv_formats import as_is
 from pagedcore.execution.layers import Embedding, Head, RMSNorm
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import LayerCache, StepBatch
@@ -139,7 +140,8 @@ def run_a_step(model):
         max_context_len=9,
     )
     nothing = empty(0)
-    caches = [LayerCache(spec, 0, 16, nothing, nothing) for spec in model.cache_specs]
+    kept = as_is(torch.float32)
+    caches = [LayerCache(spec, 0, 16, kept, nothing, nothing) for spec in model.cache_specs]
     hidden = model.forward(empty(7), batch, caches)
     assert hidden.shape == (7, 64)
     assert model.logits(hidden).shape == (7, model.vocab_size)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedcore.errors import ConfigError
+from pagedcore.execution.kv_formats import Int8, fp8
 from pagedcore.execution.native import library
 from pagedcore.execution.native.ops import NativeOps
 from pagedcore.execution.ops import QKNorm, RopeTable, SamplingTensors
@@ -194,17 +195,14 @@ def test_nan_of_one_sequence_never_reaches_another(native, new_pool):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "cache_dtype"),
-    [(torch.float32, 64, None), (BF16, 20, None), (BF16, 64, torch.float8_e4m3fn)],
+    ("dtype", "head_dim", "kv_format"),
+    [(torch.float32, 64, None), (BF16, 20, None), (BF16, 64, fp8()), (BF16, 64, Int8())],
 )
 def test_what_the_kernels_do_not_take_is_left_to_plain_torch(
-    native, new_pool, dtype, head_dim, cache_dtype
+    native, new_pool, dtype, head_dim, kv_format
 ):
-    pool = new_pool(4, 2, head_dim, dtype=dtype, cache_dtype=cache_dtype, ops=native)
+    pool = new_pool(4, 2, head_dim, dtype=dtype, kv_format=kv_format, ops=native)
     sequence = pool.sequence(20)
-    if cache_dtype is not None:
-        past = sequence.heads[:, pool.num_heads :]
-        past.copy_(past.to(cache_dtype))
     pool.check(pool.step([(sequence, 19, 19)]), 2e-2)
     pool.check(pool.step([(sequence, 1, 20)]), 2e-2)
     weight = random(8, 7, dtype=dtype)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.expert_ops import Experts, Routing
+from pagedcore.execution.kv_formats import as_is
 from pagedcore.execution.ops import QKNorm, RopeTable, SamplingTensors, StepBatch
 from pagedcore.execution.torch_ops import TorchOps
 
@@ -148,7 +149,7 @@ def test_queries_and_keys_are_normed_and_turned_and_values_are_not(
     if has_rope:
         query, key = (turn(x, angles[positions].double(), interleaved) for x in (query, key))
     spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim)
-    cache = ops.new_cache(spec, 0, 4, 2, dtype, CPU)
+    cache = ops.new_cache(spec, 0, 4, 2, as_is(dtype), CPU)
     batch = one_step(positions, num_slots=8)
 
     ops.rope_and_cache(
@@ -176,7 +177,8 @@ def turn(x, angles, interleaved):
 def test_layers_of_a_step_share_what_they_derive(ops):
     batch = one_step([3, 4])
     rope = RopeTable(random(8, 4))
-    cache = ops.new_cache(CacheSpec(num_kv_heads=1, head_dim=4), 0, 2, 2, torch.float32, CPU)
+    spec = CacheSpec(num_kv_heads=1, head_dim=4)
+    cache = ops.new_cache(spec, 0, 2, 2, as_is(torch.float32), CPU)
     outputs = []
     for shares in (False, True):
         if shares:

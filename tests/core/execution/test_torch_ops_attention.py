@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution import torch_attention
+from pagedcore.execution.kv_formats import Int8, as_is, fp8
 from pagedcore.execution.ops import LayerCache
 from pagedcore.execution.torch_ops import TorchOps
 
@@ -112,20 +113,19 @@ def test_small_types_round_only_at_the_end(new_pool, backends, dtype, tolerance,
     pool.check(pool.step([(one, 1, 100), (two, 13, 33), (three, 70, 70)]), tolerance)
 
 
-def test_a_cache_may_have_a_smaller_type_than_its_queries(new_pool):
-    pool = new_pool(cache_dtype=torch.float8_e4m3fn)
+@pytest.mark.parametrize("kv_format", [fp8(), Int8()], ids=lambda kv_format: kv_format.name)
+def test_a_cache_may_have_a_smaller_type_than_its_queries(kv_format, new_pool):
+    pool = new_pool(kv_format=kv_format)
     one, two = pool.sequence(20), pool.sequence(9)
-    for sequence in (one, two):
-        past = sequence.heads[:, pool.num_heads :]
-        past.copy_(past.to(torch.float8_e4m3fn))
     pool.check(pool.step([(one, 19, 19), (two, 1, 1)]))
     pool.check(pool.step([(one, 1, 20), (two, 8, 9)]))
 
 
+@pytest.mark.parametrize("kv_format", [None, Int8()], ids=["own type", "int8"])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
-def test_nan_of_one_sequence_never_reaches_another(new_pool, soft_cap):
+def test_nan_of_one_sequence_never_reaches_another(new_pool, soft_cap, kv_format):
     """Reliability R18: not beside it in a step, and not from a block that it has left."""
-    pool = new_pool(soft_cap=soft_cap, num_blocks=9)
+    pool = new_pool(soft_cap=soft_cap, num_blocks=9, kv_format=kv_format)
     bad, good = pool.sequence(11), pool.sequence(10)
     bad.heads[:] = torch.nan
     results = pool.step([(bad, 10, 10), (good, 9, 9)])
@@ -177,7 +177,10 @@ def test_a_copy_takes_the_first_slots_and_leaves_nothing_else(new_pool):
 def test_a_cache_takes_the_bytes_that_its_spec_says():
     """MEM-5."""
     ops, spec = TorchOps("cpu"), CacheSpec(num_kv_heads=3, head_dim=10)
-    cache = ops.new_cache(spec, 1, 7, 16, torch.bfloat16, CPU)
-    assert isinstance(cache, LayerCache)
-    assert cache.key.untyped_storage().nbytes() == 7 * spec.bytes_per_block(16, 2)
-    assert math.prod(cache.value.shape) * 2 == math.prod(cache.key.shape)
+    for kv_format in (as_is(torch.bfloat16), fp8(), Int8()):
+        cache = ops.new_cache(spec, 1, 7, 16, kv_format, CPU)
+        assert isinstance(cache, LayerCache)
+        stored = [cache.key] if cache.key_scale is None else [cache.key, cache.key_scale]
+        num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in stored)
+        assert num_bytes == 7 * spec.bytes_per_block(16, kv_format.vector_bytes)
+        assert math.prod(cache.value.shape) * 2 == math.prod(cache.key.shape)
