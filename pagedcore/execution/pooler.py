@@ -124,13 +124,16 @@ class Pooler:
             counts = plan.num_scheduled[indices].astype(np.int64)
             vectors = _POOLINGS[pooling](hidden, ends[indices] - counts, counts, rows)
             found.update((i, row.params) for i, row in zip(indices, rows, strict=True))
-            packed += self._scored_apart(indices, rows, vectors)
+            packed += self._scored_apart(indices, rows, vectors, hidden.dtype)
         return PendingVectors(packed, found)
 
     def _scored_apart(
-        self, indices: list[int], rows: list[_Row], vectors: Tensor
+        self, indices: list[int], rows: list[_Row], vectors: Tensor, dtype: torch.dtype
     ) -> list[tuple[list[int], Tensor]]:
-        """Vectors [P, h] on their way to the host, and scores in place of those that want these."""
+        """Vectors [P, h] on their way to the host, and scores in place of those that want these.
+
+        The classifier is given `dtype`, the model's: a mean is in float32.
+        """
         scored = [row.params.pooling == "scores" for row in rows]
         parts: list[tuple[list[int], Tensor]] = []
         for wanted in (False, True):
@@ -141,7 +144,7 @@ class Pooler:
             if len(chosen) < len(rows):
                 part = vectors[upload(np.array(chosen, np.int64), vectors.device)]
             if wanted:
-                part = self._classify(part)
+                part = self._classify(part.to(dtype))
             parts.append(([indices[k] for k in chosen], download(part.float())))
         return parts
 

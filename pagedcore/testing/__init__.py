@@ -7,6 +7,8 @@ tiny_models.py       model folders of each family, with random weights that tran
 checks.py            Check: a promise that a kit puts to the test
 model_case.py        ModelCase: a tiny configuration of an architecture
 model_kit.py         its logits in every schedule, against transformers
+pooled_kit.py        vectors and scores of encoders, and of decoders without a head
+bounds.py            how far from its reference what a model computes may be
 hostile_configs.py   configs that lie, each of which it must refuse
 schedules.py         the schedules: chunks, decodes, batches, cached prefixes
 paged_model.py       PagedModel: a model over a paged cache, driven by hand

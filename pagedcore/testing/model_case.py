@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pagedcore.pooling import Task
+
 VOCAB_SIZE = 320
 """Bytes, BEGIN, END, and some ids that no text has."""
 
@@ -43,6 +45,13 @@ class ModelCase:
 
     reference: str = "AutoModelForCausalLM"
     """The class of transformers that makes the reference; "" where transformers has none."""
+
+    task: Task = "generate"
+    """What it was made for. Of one that embeds, hidden states are compared, and of one that
+    classifies, scores; `reference` is such as AutoModel or AutoModelForSequenceClassification."""
+
+    embeds: bool = False
+    """Whether a decoder of the architecture is published without a head, too, to make vectors."""
 
     notes: str = ""
     """What a user should know, in a few words."""

@@ -3,9 +3,8 @@
 A tiny checkpoint is made and saved by transformers, loaded as an engine would, and its logits are
 compared at every token: prompts whole and in chunks, decoded, side by side in mixed steps, with the
 cache in scattered blocks and in one piece, and with a prefix that another sequence computed. In
-float32 they must be equal within TOLERANCE. In 16 bits the error may be FACTOR times the one that
-transformers itself makes there, at the median token: experts that are chosen otherwise, which
-happens where two are about equally good, are no mistake.
+float32 they must be equal, and in 16 bits as good as those of transformers there, within the bounds
+of `bounds.py`. Models that make vectors or scores have a kit of their own, `pooled_kit.py`.
 """
 
 import tempfile
@@ -22,22 +21,15 @@ from pagedcore.errors import PluginError
 from pagedcore.execution.checkpoint import read_config
 from pagedcore.execution.model import Model
 from pagedcore.execution.ops import Ops
+from pagedcore.testing.bounds import judge_by_itself, judge_by_transformers
 from pagedcore.testing.checks import Check
 from pagedcore.testing.drawn_checkpoint import save_drawn_checkpoint
 from pagedcore.testing.hostile_configs import check_lies
 from pagedcore.testing.model_case import ModelCase
 from pagedcore.testing.paged_model import PagedModel
+from pagedcore.testing.pooled_kit import pooled_checks
 from pagedcore.testing.schedules import SCHEDULES, Prompts, make_prompts, whole
 from pagedcore.testing.tiny_models import save_tiny_model
-
-TOLERANCE = 1e-4
-"""Largest difference between logits in float32, as a share of the largest logit or of 1."""
-
-FACTOR = 2.0
-"""How much worse than transformers' own an error in 16 bits may be."""
-
-SHARE = 0.05
-"""Of the logits, root mean square: the error in 16 bits of a model without a reference."""
 
 LIES = "refuses configs that lie"
 
@@ -87,6 +79,10 @@ def model_checks(
     """
     subject = f"model {architecture}"
     yield Check(subject, LIES, partial(check_lies, architecture, load, case))
+    if case.task != "generate" or case.embeds:
+        yield from pooled_checks(architecture, load, case, backends)
+    if case.task != "generate":
+        return
     for backend in backends:
         variants = {"": {}, **(case.variants if backend.variants else {})}
         for variant, fields in variants.items():
@@ -121,11 +117,11 @@ def check_model(
             found = read_config(folder)["architectures"][0]
             if found != architecture:
                 raise PluginError(f"its case is one of {found}: check `model_type`")
-            judge = _judge_by_transformers(reference, dtype, prompts)
+            judge = judge_by_transformers(lambda model: _logits(model, prompts), reference, dtype)
         else:
             config = {"architectures": [architecture], **case.config, **fields}
             save_drawn_checkpoint(folder, config, load(), dtype)
-            judge = _judge_by_itself(PagedModel(folder, load()), dtype, prompts)
+            judge = judge_by_itself(whole(PagedModel(folder, load()), prompts), dtype)
         model = PagedModel(
             folder, load(), ops=backend.make("cpu"), dtype=dtype, block_size=backend.block_size
         )
@@ -143,47 +139,6 @@ def check_model(
     return f"within {max(errors.values()):.1g} of {judge.origin}"
 
 
-@dataclass(slots=True)
-class _Judge:
-    """What logits should be, and how far from it they may be."""
-
-    origin: str
-    expected: list[Tensor]
-    exact: bool
-    allowed: float
-
-    def error(self, logits: Sequence[Tensor]) -> float:
-        return _error(logits, self.expected, exact=self.exact)
-
-
-def _error(logits: Sequence[Tensor], expected: Sequence[Tensor], *, exact: bool) -> float:
-    """`exact`: the largest difference; otherwise the root mean square of the median token."""
-    difference = torch.cat(list(logits)) - torch.cat(list(expected))
-    if exact:
-        return float(difference.abs().max())
-    return float(difference.square().mean(-1).sqrt().median())
-
-
-def _judge_by_transformers(reference: Any, dtype: torch.dtype, prompts: Prompts) -> _Judge:
-    expected = _logits(reference, prompts)
-    largest = max(1.0, max(float(logits.abs().max()) for logits in expected))
-    if dtype == torch.float32:
-        return _Judge("transformers", expected, True, TOLERANCE * largest)
-    own = _error(_logits(reference.to(dtype), prompts), expected, exact=False)
-    return _Judge("transformers", expected, False, FACTOR * own)
-
-
 @torch.inference_mode()
 def _logits(reference: Any, prompts: Prompts) -> list[Tensor]:
     return [reference(torch.tensor([list(prompt)])).logits[0].float() for prompt in prompts]
-
-
-def _judge_by_itself(model: PagedModel, dtype: torch.dtype, prompts: Prompts) -> _Judge:
-    """By its own logits of whole prompts in float32, on plain torch."""
-    expected = whole(model, prompts)
-    flat = torch.cat(expected)
-    if dtype == torch.float32:
-        largest = max(1.0, float(flat.abs().max()))
-        return _Judge("its own whole prompts", expected, True, TOLERANCE * largest)
-    allowed = SHARE * float(flat.square().mean().sqrt())
-    return _Judge("its own whole prompts in float32", expected, False, allowed)

@@ -28,8 +28,9 @@ page is printed by
 which runs the model kit over every family: logits against `transformers`, on a tiny random
 checkpoint, of prompts whole and in chunks, decoded, side by side, with scattered and whole
 caches, and with a cached prefix; and config.json files that lie. In float32 logits are equal
-within 1e-4; in 16 bits, errors are at most twice those of `transformers` itself. Your plugin gets
-the same from `pagedcore plugins test NAME`: see [plugins.md](plugins.md).
+within 1e-4; in 16 bits, errors are at most twice those of `transformers` itself. Of encoders, the
+hidden states that vectors are pooled from are compared, or the scores, of prompts alone and side by
+side. Your plugin gets the same from `pagedcore plugins test NAME`: see [plugins.md](plugins.md).
 
 Any other causal model of `transformers` runs through its own code over our cache, slower: by
 default where no class below has its name, and with `--model-impl transformers`.
@@ -39,9 +40,6 @@ vector in place of keys and values, or *none*. [Formats](quantization.md) apply 
 layers, and to *experts* where a format has them. *Triton* is our kernels in Triton's interpreter,
 in float32 and, since that cannot multiply bfloat16, float16.
 """
-
-ANY = "*"
-"""What the fallback to transformers is offered as."""
 
 HEADINGS = ("architecture", "models", "cache", "formats", "float32", "bfloat16")
 
@@ -63,10 +61,6 @@ def main(arguments: list[str]) -> int:
         failed += sum(result != "equal" for result in results)
         cells = [f"`{architecture}`", case.family, *_look(offered[architecture], case)]
         print(_line([*cells, *results, case.notes]), flush=True)
-    num_columns = 3 if interpreted_too else 2
-    for architecture in sorted(offered.keys() - collect(manager, "pagedcore_model_cases") - {ANY}):
-        cells = [f"`{architecture}`", "", "none", "linear", *[""] * num_columns]
-        print(_line([*cells, "an encoder: makes vectors or scores, and has tests of its own"]))
     return 1 if failed else 0
 
 

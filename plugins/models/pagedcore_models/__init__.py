@@ -24,7 +24,7 @@ bert.py            BertModel, XLMRobertaModel, RobertaModel, and each with a cla
 modernbert.py      ModernBertModel, and the same with a classifier
 encoder.py         what these share
 transformers_*.py  all others that transformers has: its modeling code over our cache
-cases.py           each of them at a size that the model kit checks
+cases.py           each of them at a size that the model kit checks; encoder_cases.py the encoders
 plain_decoder.py   the way through the layers of models with LayerNorms
 decoder.py         what they share: the fields of config.json, and the way through the layers
 
@@ -83,7 +83,7 @@ ENCODERS = {
     "XLMRobertaForSequenceClassification": "bert",
     "XLMRobertaModel": "bert",
 }
-"""The same for models that make vectors or scores and no text, which the model kit cannot check."""
+"""The same for models that make vectors or scores and no text."""
 
 
 @pagedcore.hookimpl

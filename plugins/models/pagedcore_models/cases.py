@@ -1,6 +1,7 @@
 """Each architecture at a size that the model kit checks in seconds; docs/models.md lists them."""
 
 from pagedcore.testing.model_case import SIZES, ModelCase
+from pagedcore_models.encoder_cases import ENCODERS
 
 MIXTURE = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True)
 
@@ -62,8 +63,9 @@ CASES = {
         },
     ),
     "Qwen3ForCausalLM": ModelCase(
-        family="Qwen3",
+        family="Qwen3; Qwen3-Embedding",
         config={**SIZES, "model_type": "qwen3", "head_dim": 32},
+        embeds=True,
     ),
     "Qwen3MoeForCausalLM": ModelCase(
         family="Qwen3-MoE",
@@ -338,4 +340,5 @@ CASES = {
             },
         },
     ),
+    **ENCODERS,
 }

@@ -16,11 +16,15 @@ from pagedcore.scheduling.policies import FirstComeFirstServed, Priority
 from pagedcore.testing.backend_kit import OPERATIONS, backend_checks
 from pagedcore.testing.model_kit import Backend, check_model
 from pagedcore.testing.policy_kit import check_policy
+from pagedcore.testing.pooled_kit import check_pooled
 from pagedcore.testing.quantizer_case import QuantizerCase
 from pagedcore.testing.quantizer_kit import quantizer_checks
+from pagedcore_models.bert import BertForSequenceClassification, BertModel
 from pagedcore_models.llama import LlamaForCausalLM
 
-LLAMA = pagedcore_models.pagedcore_model_cases()["LlamaForCausalLM"]
+CASES = pagedcore_models.pagedcore_model_cases()
+LLAMA = CASES["LlamaForCausalLM"]
+TORCH = Backend(name="torch", make=TorchOps)
 
 
 def failures(checks):
@@ -83,6 +87,53 @@ def test_a_cache_that_forgets_is_found_where_it_does():
 def test_a_case_of_another_architecture_is_refused():
     case = replace(LLAMA, config={**LLAMA.config, "model_type": "qwen3"})
     assert "its case is one of Qwen3ForCausalLM" in model_error(lambda: LlamaForCausalLM, case=case)
+
+
+class Leaky(BertModel):
+    """Lets a prompt see those before it in the step."""
+
+    def forward(self, token_ids, batch, caches):
+        hidden = super().forward(token_ids, batch, caches)
+        return hidden + 0.1 * hidden[:1] * (batch.rows.numel() > 1)
+
+
+class Typeless(BertModel):
+    """Takes two texts for one."""
+
+    def forward(self, token_ids, batch, caches):
+        return super().forward(token_ids, replace(batch, token_types=None), caches)
+
+
+def pooled_error(name, model_class, **changes):
+    case = replace(CASES[name], **changes)
+    with pytest.raises(PluginError) as error:
+        check_pooled(name, lambda: model_class, case, {}, torch.float32, TORCH)
+    return str(error.value)
+
+
+def test_an_encoder_whose_prompts_see_each_other_is_found_side_by_side():
+    message = pooled_error("BertModel", Leaky)
+    assert "its hidden states differ from transformers" in message
+    assert "side by side by" in message
+    assert "alone by" not in message
+
+
+def test_an_encoder_that_takes_two_texts_for_one_is_found():
+    assert "alone by" in pooled_error("BertModel", Typeless)
+
+
+def test_a_classifier_of_another_vector_is_found():
+    class Last(BertForSequenceClassification):
+        def __init__(self, build):
+            super().__init__(build)
+            self.pooling = replace(self.pooling, scored="last")
+
+    assert "its scores differ" in pooled_error("BertForSequenceClassification", Last)
+
+
+def test_a_case_of_another_task_is_refused():
+    message = pooled_error("BertModel", BertModel, task="classify")
+    assert "made to embed; its case says classify" in message
 
 
 @pytest.mark.parametrize("make", [TorchOps, NativeOps])

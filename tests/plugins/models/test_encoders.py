@@ -109,6 +109,18 @@ def test_scores_are_those_of_transformers(classifier):
         assert np.abs(vector - hidden[0].numpy()).max() < 1e-4
 
 
+def test_scores_of_a_mean_come_in_16_bits_too(tmp_path):
+    config = ENCODERS["modernbert with biases"]
+    bfloat16 = torch.bfloat16
+    reference = save_tiny_model(tmp_path, config, reference=CLASSIFIER, dtype=bfloat16)
+    with torch.inference_mode():
+        exact = reference(torch.tensor([PROMPTS[0]])).logits[0]
+        own = reference.to(bfloat16)(torch.tensor([PROMPTS[0]])).logits[0].float()
+    with open_llm(tmp_path, dtype="bfloat16") as llm:
+        [output] = llm.embed([PROMPTS[0]], "scores")
+    assert np.abs(output.vector - exact.numpy()).max() < 4 * (own - exact).abs().max() + 0.05
+
+
 def test_the_second_of_two_texts_has_the_second_type(tmp_path):
     reference = save_tiny_model(tmp_path, ENCODERS["bert"], reference="AutoModel")
     first, second = PROMPTS[0][:7], PROMPTS[3]
