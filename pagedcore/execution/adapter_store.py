@@ -102,6 +102,8 @@ def build_adapted(
     """
     if not is_decoder:
         raise ConfigError("enable_lora is for models that generate text, and this one does not")
+    if build.shard.size > 1:
+        raise ConfigError("enable_lora needs a tensor_parallel_size of 1: adapters are not divided")
     pool = AdapterPool(config.max_loras, config.max_lora_rank, build.device)
     quantizer = AdaptedQuantizer(build.quantizer, pool)
     model = AdaptedModel(model_class(replace(build, quantizer=quantizer)), pool)

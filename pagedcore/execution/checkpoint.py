@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pagedcore.errors import ModelError
 from pagedcore.execution.safetensors_file import StoredTensor, read_header
+from pagedcore.execution.shard import Share
 from pagedcore.execution.weight_reader import WeightReader
 
 SINGLE = "model.safetensors"
@@ -149,6 +150,9 @@ class CheckpointShapes:
                 raise _lacking(self._missing)
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
+    def divide(self, layer: str, share: Share | None) -> None:
+        """See `Weights.divide`: a single rank has everything."""
+
     def ignore(self, prefix: str) -> None:
         """See `Weights.ignore`."""
         self._ignored.add(prefix)
@@ -196,6 +200,9 @@ class CheckpointTensors:
         if dtype in FLOATS.values() and tensor.numel():
             self._extremes[name] = torch.aminmax(tensor)  # one NaN makes both NaN
         return tensor
+
+    def divide(self, layer: str, share: Share | None) -> None:
+        """See `Weights.divide`: a single rank has everything."""
 
     def ignore(self, prefix: str) -> None:
         """See `Weights.ignore`."""

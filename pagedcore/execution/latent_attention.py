@@ -5,7 +5,7 @@
 
 Keys and values of a head would be products of the V elements. Here the product for keys is taken
 into the query, and the one for values into what attention returns: so the cache holds D elements
-for each position, however many heads there are.
+for each position, however many heads there are, and every rank that has some of the heads has them.
 """
 
 import torch
@@ -46,6 +46,8 @@ class LatentAttention:
         that of the products on both ends; with it there must be a `query_rank`.
         """
         assert query_rank is not None or not bias, "queries that are one product have no bias"
+        heads, _ = build.shard.heads(prefix, num_heads, num_heads)
+        all_heads, num_heads = num_heads, heads.own
         turned_dim = rope.cos_sin.shape[1]
         size = num_values + turned_dim
         self.cache_spec = CacheSpec(num_kv_heads=1, head_dim=size, latent=True)
@@ -54,27 +56,30 @@ class LatentAttention:
         self._num_values, self._unturned_dim = num_values, unturned_dim
         self._scale = scale
         self._rope = rope
-        query_width = num_heads * (unturned_dim + turned_dim)
+        query = heads.times(unturned_dim + turned_dim)
         self._query_norm: RMSNorm | None = None
         self._query: Linear | None = None
-        self._widths = [query_width if query_rank is None else query_rank, size]
+        first_share = query if query_rank is None else build.shard.all_of(query_rank)
+        shares = [first_share, build.shard.all_of(size)]
+        self._widths = [share.own for share in shares]
         first = "q_proj" if query_rank is None else "q_a_proj"
         names = [f"{prefix}.{first}", f"{prefix}.kv_a_proj_with_mqa"]
         build.weights.ignore(f"{prefix}.rotary_emb.")  # frequencies that old checkpoints hold
-        self._down = Linear(build, names, h, self._widths, bias=bias, dim=None)
+        rows = [share.whole for share in shares]
+        self._down = Linear(build, names, h, rows, bias=bias, dim=0, shares=shares)
         if query_rank is not None:
             self._query_norm = RMSNorm(build, f"{prefix}.q_a_layernorm", query_rank, NORM_EPS)
-            self._query = Linear(build, [f"{prefix}.q_b_proj"], query_rank, [query_width], dim=0)
+            self._query = Linear(build, [f"{prefix}.q_b_proj"], query_rank, [query.whole], dim=0)
         self._norm_weight = build.weights.take(f"{prefix}.kv_a_layernorm.weight", (num_values,))
         up = Linear(
             build,
             [f"{prefix}.kv_b_proj"],
             num_values,
-            [num_heads * (unturned_dim + value_dim)],
+            [all_heads * (unturned_dim + value_dim)],
             dim=0,
         )
         self._output = Linear(
-            build, [f"{prefix}.o_proj"], num_heads * value_dim, [h], bias=bias, dim=1
+            build, [f"{prefix}.o_proj"], all_heads * value_dim, [h], bias=bias, dim=1
         )
         self._value_dim = value_dim
         self._key_up = torch.empty(num_heads, unturned_dim, num_values, device="meta")

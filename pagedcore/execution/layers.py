@@ -19,6 +19,8 @@ from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, StepBatch
 from pagedcore.execution.quantized import Activations
+from pagedcore.execution.quantizer import join_rows
+from pagedcore.execution.shard import Share
 
 GATES = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new")
 """Activations that `GatedMLP` has, by the names that a config.json has for them."""
@@ -65,9 +67,19 @@ class Linear:
         *,
         bias: bool = False,
         dim: int | None,
+        shares: Sequence[Share] | None = None,
     ) -> None:
-        """`names` are those of the parts, without `.weight`, and `out_features` their outputs."""
+        """`names` are those of the parts, without `.weight`, and `out_features` their outputs.
+
+        Ranks divide outputs (`dim` 0) as `shares` say for each part, and by default evenly, as they
+        divide inputs (1). All of them get the sum of their products, with the bias once.
+        """
         self.in_features, self.out_features = in_features, sum(out_features)
+        if build.shard.size > 1 and dim is not None:
+            sizes = out_features if dim == 0 else [in_features] * len(names)
+            for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+                what = f"the {'inputs' if dim else 'outputs'} of {name}"
+                build.weights.divide(name, shares[i] if shares else build.shard.even(what, size))
         self._method = build.quantizer.linear(
             build.weights, build.ops, names, in_features, out_features, bias=bias, dim=dim
         )
@@ -82,7 +94,7 @@ class Linear:
 
 
 class Embedding:
-    """A vector for each token."""
+    """A vector for each token. Every rank has all: a look-up costs less than adding up shares."""
 
     def __init__(
         self, build: ModelBuild, name: str, vocab_size: int, h: int, scale: float = 1.0
@@ -107,19 +119,34 @@ class Head:
 
         A checkpoint may hold a tied head nevertheless. It is dropped if it is equal, and otherwise
         believed: that is a model which was untied without its config.json saying so.
+
+        Ranks divide the vocabulary. Rows of zeros make the last rank's share as large as the
+        others', and no score comes of them.
         """
         self._ops = build.ops
+        self._vocab_size = vocab_size
+        self._collective = None if build.shard.size == 1 else build.shard.collective
         weight = None if tied is None else tied.weight
+        if self._collective is not None:
+            share = build.shard.longest(vocab_size)
+            build.weights.divide(name, share)
+            weight = None if weight is None else _rows(weight, share.ranges[0])
         if weight is None or build.weights.has(f"{name}.weight"):
             own = build.weights.take(f"{name}.weight", (vocab_size, h), dim=0)
             if weight is None or own.is_meta or not torch.equal(own, weight):
                 weight = own
+        if self._collective is not None:
+            weight = _with_rows(weight, -(-vocab_size // build.shard.size))
         self.weight = weight
         self._packed = weight if weight.is_meta else build.ops.pack_linear(weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [S, h] to scores [S, V]."""
-        return self._ops.scores(hidden, self.weight, self._packed)
+        scores = self._ops.scores(hidden, self.weight, self._packed)
+        if self._collective is None:
+            return scores
+        gathered = self._collective.all_gather(scores, 1)
+        return gathered[:, : self._vocab_size].contiguous()
 
 
 class RMSNorm:
@@ -179,43 +206,47 @@ class Attention:
 
         `qk_norm_offset` is added to the weights of the heads' norms, as in `RMSNorm`. `qkv_norm`
         changes [T, (H + 2K) * D] in place before the rotation, where the norm is another than
-        `QKNorm`. `has_sinks` takes one more score of each head, without a value (see
-        `Ops.attention`), from `{prefix}.sinks`. A single one of `qkv_names` holds queries, keys and
-        values below each other.
+        `QKNorm`; of several ranks, each has the heads that `Shard.heads` says. `has_sinks` takes
+        one more score of each head, without a value (see `Ops.attention`), from `{prefix}.sinks`. A
+        single one of `qkv_names` holds queries, keys and values below each other.
         """
         if window is not None and window >= build.max_positions:
             window = None  # it reaches over all that a sequence can be: no group of its own
-        self.cache_spec = CacheSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+        query, key = build.shard.heads(prefix, num_heads, num_kv_heads)
+        self.cache_spec = CacheSpec(num_kv_heads=key.own, head_dim=head_dim, window=window)
         self._ops = build.ops
-        self._num_heads = num_heads
+        self._num_heads = query.own
         self._scale = head_dim**-0.5 if scale is None else scale
         self._soft_cap = soft_cap
         self._sinks: Tensor | None = None
         if has_sinks:
-            self._sinks = build.weights.take(f"{prefix}.sinks", (num_heads,), dtype=torch.float32)
+            self._sinks = build.weights.take(
+                f"{prefix}.sinks", (num_heads,), dtype=torch.float32, dim=0
+            )
         self._rope = rope
         self._qkv_norm = qkv_norm
         build.weights.ignore(f"{prefix}.rotary_emb.")  # frequencies that old checkpoints hold
-        rows = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        shares = [heads.times(head_dim) for heads in (query, key, key)]
+        shares = shares if len(qkv_names) > 1 else [Share.join(shares)]
         self._qkv = Linear(
             build,
             [f"{prefix}.{name}" for name in qkv_names],
             h,
-            rows if len(qkv_names) > 1 else [sum(rows)],
+            [share.whole for share in shares],
             bias=qkv_bias,
             dim=0,
+            shares=shares,
         )
         self._output = Linear(
             build, [f"{prefix}.{output_name}"], num_heads * head_dim, [h], bias=output_bias, dim=1
         )
         self._norm: QKNorm | None = None
         if qk_norm_eps is not None:
-            query, key = (
+            norms = (
                 build.weights.take(f"{prefix}.{part}_norm.weight", (head_dim,)) for part in "qk"
             )
-            self._norm = QKNorm(
-                _shifted(query, qk_norm_offset), _shifted(key, qk_norm_offset), qk_norm_eps
-            )
+            query_norm, key_norm = (_shifted(norm, qk_norm_offset) for norm in norms)
+            self._norm = QKNorm(query_norm, key_norm, qk_norm_eps)
 
     def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
         """See `Consumer.wants_quantized`."""
@@ -261,8 +292,10 @@ class GatedMLP:
         self._ops = build.ops
         self._activation = activation
         parts = [f"{prefix}.{name}" for name in names]
-        rows = [width, width] if len(names) > 1 else [2 * width]
-        self._gate_up = Linear(build, parts, h, rows, bias=bias, dim=0)
+        shares = [build.shard.even(f"the widths of {prefix}", width)] * 2
+        shares = shares if len(names) > 1 else [Share.join(shares)]
+        rows = [share.whole for share in shares]
+        self._gate_up = Linear(build, parts, h, rows, bias=bias, dim=0, shares=shares)
         self._down = Linear(build, [f"{prefix}.down_proj"], width, [h], bias=bias, dim=1)
 
     def wants_quantized(self, num_tokens: int, dtype: torch.dtype) -> bool:
@@ -331,3 +364,16 @@ class DecoderLayer:
 def _shifted(weight: Tensor, offset: float) -> Tensor:
     """A norm's weight plus an offset: in float32, since near 1 bfloat16 has only 8 bits."""
     return weight if weight.is_meta or not offset else weight.float() + offset
+
+
+def _rows(weight: Tensor, rows: range) -> Tensor:
+    """Some rows of a weight, which share its memory."""
+    if weight.is_meta:
+        return weight.new_empty((len(rows), *weight.shape[1:]))
+    return weight[rows.start : rows.stop]
+
+
+def _with_rows(weight: Tensor, count: int) -> Tensor:
+    """The weight with rows of zeros below, so that there are `count`."""
+    missing = count - len(weight)
+    return join_rows([weight, weight.new_zeros(missing, weight.shape[1])]) if missing else weight

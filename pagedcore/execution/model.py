@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.ops import LayerCache, Ops, StepBatch
+from pagedcore.execution.shard import Shard, Share
 
 if TYPE_CHECKING:
     from pagedcore.execution.quantizer import Quantizer
@@ -49,8 +50,19 @@ class Weights(Protocol):
         """The tensor, on the model's device and contiguous; the caller owns it.
 
         `shape` is that of the whole tensor; with `dim`, only this rank's share of that dimension
-        comes back. `dtype` None is the model's. Raises ModelError, with the tensor's name, what was
-        expected and what was found, when it is missing or has another shape.
+        comes back: what `divide` said of the tensor or of a layer that its name begins with, or
+        else as much as all ranks get. `dtype` None is the model's. Raises ModelError, with the
+        tensor's name, what was expected and what was found, when it is missing or has another
+        shape, or pieces that cannot be divided like this.
+        """
+        ...
+
+    def divide(self, layer: str, share: Share | None) -> None:
+        """The tensors of a layer are divided like this where they are taken with `dim`.
+
+        They may hold the dimension in any number of equal pieces. `share` None says of a tensor
+        that all ranks' are added up: rank 0 gets it, and all others zeros. Nothing comes of it
+        where there is one rank.
         """
         ...
 
@@ -84,13 +96,18 @@ class ModelBuild:
     max_positions: int
     """Positions that rotary tables must cover."""
 
+    shard: Shard = Shard()  # noqa: RUF009  # it cannot change
+    """Which of several ranks this is, where a model is divided; see `divided.py`."""
+
 
 class Model(Protocol):
     """A decoder. A plugin's class is called with a ModelBuild and nothing else.
 
     Raises ModelError, naming the field, for a config.json that it cannot run. A model whose forward
     pass reads on the host says so with a class attribute `supports_graphs = False`: then no step is
-    captured. One that was made for vectors or scores is a `pooled_model.PooledModel`.
+    captured. One that does not look at `ModelBuild.shard` where it counts heads or widths says
+    `supports_shards = False`, and is run by one rank. One that was made for vectors or scores is a
+    `pooled_model.PooledModel`.
     """
 
     cache_specs: Sequence[CacheSpec | None]

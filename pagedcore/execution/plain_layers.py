@@ -17,6 +17,7 @@ from pagedcore.execution.layers import Attention, FeedForward, Linear
 from pagedcore.execution.model import ModelBuild, Weights
 from pagedcore.execution.ops import LayerCache, StepBatch
 from pagedcore.execution.quantized import Activations
+from pagedcore.execution.shard import Share
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -156,6 +157,10 @@ class TransposedWeights:
         if matrix.is_meta:  # where operations would load torch's compiler
             return matrix.new_empty(matrix.shape[::-1])
         return matrix.t().contiguous()
+
+    def divide(self, layer: str, share: Share | None) -> None:
+        """See `Weights.divide`."""
+        self._weights.divide(layer, share)
 
     def ignore(self, prefix: str) -> None:
         """See `Weights.ignore`."""

@@ -61,14 +61,22 @@ class Quantizer(Protocol):
     ) -> LinearMethod:
         """Take one matrix of sum(out_features) rows, its parts below each other.
 
-        `dim` is what tensor parallelism divides: 0 the rows, 1 the columns, None nothing.
+        `dim` is what tensor parallelism divides: 0 the rows, 1 the columns, None nothing. It goes
+        on to `Weights.take` for whichever dimension of a tensor those are; sizes are of the whole,
+        and what was taken says what came of them. Products with a part of the columns are added up
+        by who asks.
         """
         ...
 
     def experts(
         self, weights: Weights, ops: Ops, prefix: str, num_experts: int, h: int, width: int
     ) -> ExpertsMethod:
-        """Take the experts `{prefix}.{e}.gate_proj`, `.up_proj` and `.down_proj`, e < E."""
+        """Take the experts `{prefix}.{e}.gate_proj`, `.up_proj` and `.down_proj`, e < E.
+
+        Tensor parallelism divides each one's width: `dim` of `Weights.take` is 0 for the rows of
+        gates and their partners, and 1 for the columns behind them. `width` is the whole, and what
+        was taken says what came of it.
+        """
         ...
 
 
@@ -166,13 +174,14 @@ def take_experts(weights: Weights, prefix: str, num_experts: int, h: int, width:
     gate_up: Tensor | None = None
     down: Tensor | None = None
     for e in range(num_experts):  # filled one by one, so that no expert is in memory twice
-        gate = weights.take(f"{prefix}.{e}.gate_proj.weight", (width, h))
+        gate = weights.take(f"{prefix}.{e}.gate_proj.weight", (width, h), dim=0)
+        own = len(gate)
         if gate_up is None or down is None:
-            gate_up = gate.new_empty(num_experts, 2 * width, h)
-            down = gate.new_empty(num_experts, h, width)
-        gate_up[e, :width] = gate
-        gate_up[e, width:] = weights.take(f"{prefix}.{e}.up_proj.weight", (width, h))
-        down[e] = weights.take(f"{prefix}.{e}.down_proj.weight", (h, width))
+            gate_up = gate.new_empty(num_experts, 2 * own, h)
+            down = gate.new_empty(num_experts, h, own)
+        gate_up[e, :own] = gate
+        gate_up[e, own:] = weights.take(f"{prefix}.{e}.up_proj.weight", (width, h), dim=0)
+        down[e] = weights.take(f"{prefix}.{e}.down_proj.weight", (h, width), dim=1)
     assert gate_up is not None, "a mixture has at least one expert"
     assert down is not None
     return Experts(gate_up=gate_up, down=down)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pagedcore.execution.checkpoint import config_dtype, read_config
+from pagedcore.execution.shard import Share
 
 DEVIATION = 0.02
 """Standard deviation of all weights: what most models are initialised with."""
@@ -54,6 +55,9 @@ class RandomWeights:
         if not tensor.is_meta:
             self._fill(tensor, name)
         return tensor
+
+    def divide(self, layer: str, share: Share | None) -> None:
+        """See `Weights.divide`: a single rank has everything."""
 
     def ignore(self, prefix: str) -> None:
         """See `Weights.ignore`."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pagedcore.execution.model import Weights
+from pagedcore.execution.shard import Share
 
 
 class RenamedWeights:
@@ -43,6 +44,10 @@ class RenamedWeights:
     ) -> Tensor:
         """See `Weights.take`."""
         return self._weights.take(self._stored(name), shape, dtype=dtype, dim=dim)
+
+    def divide(self, layer: str, share: Share | None) -> None:
+        """See `Weights.divide`."""
+        self._weights.divide(self._stored(layer), share)
 
     def ignore(self, prefix: str) -> None:
         """See `Weights.ignore`."""

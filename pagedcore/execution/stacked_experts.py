@@ -27,7 +27,10 @@ class StacksExperts(Protocol):
         width: int,
         clamp: Clamp,
     ) -> ExpertsMethod:
-        """Take the experts that `{prefix}.gate_up_proj*` and `{prefix}.down_proj*` hold."""
+        """Take the experts that `{prefix}.gate_up_proj*` and `{prefix}.down_proj*` hold.
+
+        As in `Quantizer.experts`, tensor parallelism divides their widths.
+        """
         ...
 
 
@@ -45,8 +48,8 @@ def stacked_experts(
     if isinstance(quantizer, StacksExperts):
         return quantizer.stacked_experts(weights, ops, prefix, num_experts, h, width, clamp)
     gate_up_name, down_name = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
-    gate_up = weights.take(gate_up_name, (num_experts, h, 2 * width))
-    down = weights.take(down_name, (num_experts, width, h))
+    gate_up = weights.take(gate_up_name, (num_experts, h, 2 * width), dim=2)
+    down = weights.take(down_name, (num_experts, width, h), dim=1)
     if not gate_up.is_meta:
         gate_up, down = gates_first(gate_up.mT), down.mT.contiguous()
     gate_up_bias, down_bias = take_biases(weights, prefix, num_experts, h, width)
@@ -66,7 +69,7 @@ def take_biases(
     weights: Weights, prefix: str, num_experts: int, h: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """The biases [E, 2F], those of gates first, and [E, h]."""
-    gate_up = weights.take(f"{prefix}.gate_up_proj_bias", (num_experts, 2 * width))
+    gate_up = weights.take(f"{prefix}.gate_up_proj_bias", (num_experts, 2 * width), dim=1)
     down = weights.take(f"{prefix}.down_proj_bias", (num_experts, h))
     return gate_up if gate_up.is_meta else gates_first(gate_up), down
 

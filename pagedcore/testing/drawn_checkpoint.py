@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pagedcore.execution.model import Model, ModelBuild
 from pagedcore.execution.quantizer import Unquantized
+from pagedcore.execution.shard import Share
 from pagedcore.execution.torch_ops import TorchOps
 
 DEVIATION = 0.2
@@ -70,6 +71,9 @@ class _Drawn:
         tensor = torch.empty(tuple(shape)).normal_(mean, DEVIATION, generator=self._generator)
         self.tensors[name] = tensor.to(dtype or self.dtype)
         return self.tensors[name].to("meta")
+
+    def divide(self, layer: str, share: Share | None) -> None:
+        """See `Weights.divide`: a single rank has everything."""
 
     def ignore(self, prefix: str) -> None:
         """See `Weights.ignore`."""

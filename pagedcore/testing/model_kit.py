@@ -29,6 +29,7 @@ from pagedcore.testing.model_case import ModelCase
 from pagedcore.testing.paged_model import PagedModel
 from pagedcore.testing.pooled_kit import pooled_checks
 from pagedcore.testing.schedules import SCHEDULES, Prompts, make_prompts, whole
+from pagedcore.testing.shard_kit import shard_checks
 from pagedcore.testing.tiny_models import save_tiny_model
 
 LIES = "refuses configs that lie"
@@ -75,7 +76,7 @@ def model_checks(
     backends: Sequence[Backend],
 ) -> Iterator[Check]:
     """What one architecture promises: its case and each variant, in each type on each backend;
-    and that it refuses a config.json that lies.
+    that shards of it are the whole; and that it refuses a config.json that lies.
     """
     subject = f"model {architecture}"
     yield Check(subject, LIES, partial(check_lies, architecture, load, case))
@@ -83,6 +84,7 @@ def model_checks(
         yield from pooled_checks(architecture, load, case, backends)
     if case.task != "generate":
         return
+    yield from shard_checks(architecture, load, case)
     for backend in backends:
         variants = {"": {}, **(case.variants if backend.variants else {})}
         for variant, fields in variants.items():

@@ -20,6 +20,7 @@ from pagedcore.execution.model import Weights
 from pagedcore.execution.quantizing.layers import WEIGHT, Group
 from pagedcore.execution.quantizing.writer import RoundsInputs, WeightWriter
 from pagedcore.execution.safetensors_file import StoredTensor
+from pagedcore.execution.shard import Share
 
 STEPS = 20
 """Exponents that are tried: 0, 1 / STEPS, 2 / STEPS, ..."""
@@ -116,6 +117,10 @@ class Balanced:
         """See `Weights.take`."""
         tensor = self._weights.take(name, shape, dtype=dtype, dim=dim)
         return self._balance.apply(name, tensor).to(tensor.dtype)
+
+    def divide(self, layer: str, share: Share | None) -> None:
+        """See `Weights.divide`."""
+        self._weights.divide(layer, share)
 
     def ignore(self, prefix: str) -> None:
         """See `Weights.ignore`."""

@@ -16,6 +16,7 @@ from pagedcore.execution.ops import Ops
 from pagedcore.execution.plain_layers import TransposedWeights
 from pagedcore.execution.quantized import Activations
 from pagedcore.execution.quantizer import ExpertsMethod, LinearMethod, Unquantized
+from pagedcore.execution.shard import Share
 
 WEIGHT = ".weight"
 
@@ -73,6 +74,10 @@ class Logged:
         """See `Weights.take`."""
         self._taken.append(name)
         return self._weights.take(name, shape, dtype=dtype, dim=dim)
+
+    def divide(self, layer: str, share: Share | None) -> None:
+        """See `Weights.divide`."""
+        self._weights.divide(layer, share)
 
     def ignore(self, prefix: str) -> None:
         """See `Weights.ignore`."""

@@ -24,11 +24,13 @@ class HeadNorm:
     """A LayerNorm on each head of queries and keys, each with a weight of its own."""
 
     def __init__(self, build: ModelBuild, prefix: str, sizes: DecoderSizes) -> None:
-        query, key = (
-            build.weights.take(f"{prefix}.{name}.weight", (heads, sizes.head_dim))
-            for name, heads in (("q_norm", sizes.num_heads), ("k_norm", sizes.num_kv_heads))
-        )
-        self._weight = join_rows([query, key])  # [H + K, D]
+        shares = build.shard.heads(prefix, sizes.num_heads, sizes.num_kv_heads)
+        weights = []
+        for name, share in zip(("q_norm", "k_norm"), shares, strict=True):
+            build.weights.divide(f"{prefix}.{name}", share)
+            shape = share.whole, sizes.head_dim
+            weights.append(build.weights.take(f"{prefix}.{name}.weight", shape, dim=0))
+        self._weight = join_rows(weights)  # [H + K, D]
         self._eps = sizes.eps
 
     def __call__(self, qkv: Tensor) -> None:

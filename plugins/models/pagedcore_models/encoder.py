@@ -67,6 +67,9 @@ class Layer(Protocol):
 class Encoder:
     """Embedding, layers, norm, classifier: a `pagedcore.execution.pooled_model.PooledModel`."""
 
+    supports_shards = False
+    """Encoders are small: several copies serve more than one that is divided."""
+
     def __init__(
         self,
         build: ModelBuild,

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from pagedcore.execution.config_fields import ConfigFields
+from pagedcore.execution.divided_norm import divided_rms_norm
 from pagedcore.execution.layers import GATES, Attention, GatedMLP, RMSNorm
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import LayerCache, StepBatch
@@ -13,10 +14,12 @@ class ProjectionNorm:
     """RMSNorm over all queries of a token, and over all its keys."""
 
     def __init__(self, build: ModelBuild, prefix: str, sizes: DecoderSizes) -> None:
-        self._widths = [sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim]
+        heads = build.shard.heads(prefix, sizes.num_heads, sizes.num_kv_heads)
+        shares = [share.times(sizes.head_dim) for share in heads]
+        self._widths = [share.own for share in shares]
         self._norms = [
-            RMSNorm(build, f"{prefix}.{part}_norm", width, sizes.eps)
-            for part, width in zip("qk", self._widths, strict=True)
+            divided_rms_norm(build, f"{prefix}.{part}_norm", share, sizes.eps)
+            for part, share in zip("qk", shares, strict=True)
         ]
 
     def __call__(self, qkv: Tensor) -> None:

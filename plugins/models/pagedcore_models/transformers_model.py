@@ -33,6 +33,9 @@ class TransformersModel:
     supports_graphs = False
     """Modeling code may read on the host, so no step is captured."""
 
+    supports_shards = False
+    """Modeling code has all heads."""
+
     def __init__(self, build: ModelBuild) -> None:
         """See `Model`. Raises ModelError, naming architecture and reason, for what cannot run."""
         name = str(build.config["architectures"][0])

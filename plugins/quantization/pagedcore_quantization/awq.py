@@ -18,7 +18,13 @@ from pagedcore.execution.quantized import Grouped
 from pagedcore_quantization.formats import check_method, read_group
 from pagedcore_quantization.modules import Modules
 from pagedcore_quantization.packed import PackedFormat, Part
-from pagedcore_quantization.packing import check_division, codes_of, meta_grouped, packed_codes
+from pagedcore_quantization.packing import (
+    check_division,
+    codes_of,
+    meta_grouped,
+    packed_codes,
+    stored_dims,
+)
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACES = [ORDER.index(output) for output in range(8)]
@@ -50,14 +56,16 @@ class Awq(PackedFormat):
         check_division(name, "groups", columns, group)
         check_division(name, "words of outputs", rows, 8)
         groups = columns // group
-        other = None if dim is None else 1 - dim
-        words, zeros = (
-            weights.take(f"{name}.{what}", (size, rows // 8), dtype=torch.int32, dim=other)
-            for what, size in (("qweight", columns), ("qzeros", groups))
+        of_words, of_groups = stored_dims(dim, groups)
+        words = weights.take(
+            f"{name}.qweight", (columns, rows // 8), dtype=torch.int32, dim=of_words
         )
-        scales = weights.take(f"{name}.scales", (groups, rows), dtype=torch.float32, dim=other)
+        zeros = weights.take(
+            f"{name}.qzeros", (groups, rows // 8), dtype=torch.int32, dim=of_groups
+        )
+        scales = weights.take(f"{name}.scales", (groups, rows), dtype=torch.float32, dim=of_groups)
         if words.is_meta:
-            return meta_grouped(rows, columns, groups, 4, zero=True)
+            return meta_grouped(scales.shape[1], len(words), len(scales), 4, zero=True)
         return Grouped(
             packed_codes(_by_output(words), 4),
             scales.t().contiguous(),

@@ -71,7 +71,7 @@ class BitsAndBytes(PackedFormat):
         share = 0 if dim == 0 else None
         largest = weights.take(f"{name}.SCB", (rows,), dtype=torch.float32, dim=share)
         if weight.is_meta:
-            return meta_grouped(rows, columns, 1, 8)
+            return meta_grouped(len(weight), weight.shape[1], 1, 8)
         return Grouped(weight.view(torch.uint8) ^ 128, largest[:, None] / 127, 8)
 
     def _take_4(self, weights: Weights, name: str, rows: int, columns: int) -> Part:

@@ -27,7 +27,13 @@ from pagedcore_quantization.gptq import find_order
 from pagedcore_quantization.int8 import Int8Linear
 from pagedcore_quantization.modules import Modules
 from pagedcore_quantization.packed import PackedFormat, Part, SplitLinear
-from pagedcore_quantization.packing import check_division, codes_of, meta_grouped, packed_codes
+from pagedcore_quantization.packing import (
+    check_division,
+    codes_of,
+    dim_of_groups,
+    meta_grouped,
+    packed_codes,
+)
 from pagedcore_quantization.schemes import Scheme, Schemes
 from pagedcore_quantization.stored import StoredFp8, take_scales
 
@@ -81,15 +87,13 @@ class CompressedTensors(PackedFormat):
         scheme = self._schemes.of(name)
         assert scheme is not None, "those are taken as they are"
         if scheme.kind == "float":
-            return self._floats(scheme).take_wide(weights, name, rows, columns)
+            return self._floats(scheme).take_wide(weights, name, rows, columns, dim)
         groups = 1
         if scheme.group is not None:
             check_division(name, "groups", columns, scheme.group)
             groups = columns // scheme.group
-        scale = take_scales(weights, name, rows, groups, dim)
-        if scheme.kind == "int":
-            return _take_int(weights, name, rows, columns, scheme, scale, dim)
-        return _take_packed(weights, name, rows, columns, scheme, scale, dim)
+        take = _take_int if scheme.kind == "int" else _take_packed
+        return take(weights, name, rows, columns, scheme, groups, dim)
 
     def _floats(self, scheme: Scheme) -> StoredFp8:
         scales: Literal["row", "block"] = "block" if scheme.scales == "block" else "row"
@@ -112,9 +116,9 @@ class CompressedTensors(PackedFormat):
         """A matrix that is multiplied in 8 bits."""
         values, scales = [], []
         for name, rows in zip(names, out_features, strict=True):
-            scales.append(take_scales(weights, name, rows, 1, dim))
             shape = rows, in_features
             values.append(weights.take(f"{name}.weight", shape, dtype=torch.int8, dim=dim))
+            scales.append(take_scales(weights, name, rows, 1, dim, own=len(values[-1])))
         added = take_bias(weights, names, out_features, dim=dim) if bias else None
         return Int8Linear(ops, join_rows(values), join_rows(scales), added)
 
@@ -125,13 +129,15 @@ def _take_int(
     rows: int,
     columns: int,
     scheme: Scheme,
-    scale: Tensor,
+    groups: int,
     dim: int | None,
 ) -> Grouped:
     values = weights.take(f"{name}.weight", (rows, columns), dtype=torch.int8, dim=dim)
-    zero = _take_zeros(weights, name, rows, scale.shape[1], dim) if scheme.has_zeros else None
+    scale = take_scales(weights, name, rows, groups, dim, own=len(values))
+    zero = _take_zeros(weights, name, rows, groups, scale, dim) if scheme.has_zeros else None
     if values.is_meta:
-        return meta_grouped(rows, columns, scale.shape[1], 8, zero=zero is not None)
+        own = len(values), values.shape[1]
+        return meta_grouped(*own, scale.shape[1], 8, zero=zero is not None)
     return Grouped(_unsigned(values), scale, 8, zero=zero)
 
 
@@ -141,21 +147,25 @@ def _take_packed(
     rows: int,
     columns: int,
     scheme: Scheme,
-    scale: Tensor,
+    groups: int,
     dim: int | None,
 ) -> Grouped:
-    bits, groups, per_word = scheme.bits, scale.shape[1], 32 // scheme.bits
+    bits, per_word = scheme.bits, 32 // scheme.bits
     check_division(name, "words of inputs", columns, per_word)
     weights.ignore(f"{name}.weight_shape")
     shape = rows, columns // per_word
     words = weights.take(f"{name}.weight_packed", shape, dtype=torch.int32, dim=dim)
+    scale = take_scales(weights, name, rows, groups, dim, own=len(words))
     zero: Tensor | None = None
     if scheme.has_zeros and weights.stored_shape(f"{name}.weight_zero_point") == (rows, groups):
-        zero = _take_zeros(weights, name, rows, groups, dim)
+        zero = _take_zeros(weights, name, rows, groups, scale, dim)
     elif scheme.has_zeros:
         check_division(name, "words of outputs", rows, per_word)
         stored = weights.take(
-            f"{name}.weight_zero_point", (rows // per_word, groups), dtype=torch.int32, dim=dim
+            f"{name}.weight_zero_point",
+            (rows // per_word, groups),
+            dtype=torch.int32,
+            dim=dim_of_groups(dim, groups),
         )
         zero = stored if stored.is_meta else codes_of(stored.t(), bits).t().contiguous()
     index: Tensor | None = None
@@ -163,21 +173,29 @@ def _take_packed(
         share = 0 if dim == 1 else None
         index = weights.take(f"{name}.weight_g_idx", (columns,), dtype=torch.int32, dim=share)
     if words.is_meta:
-        return meta_grouped(rows, columns, groups, bits, zero=zero is not None)
-    order = None if index is None else find_order(f"{name}.weight_g_idx", index, groups)
+        own = len(words), words.shape[1] * per_word
+        return meta_grouped(*own, scale.shape[1], bits, zero=zero is not None)
+    order = None if index is None else find_order(f"{name}.weight_g_idx", index, groups, columns)
     codes = words.view(torch.uint8)
     if order is not None:
         codes = packed_codes(codes_of(words, bits)[:, order], bits)
     return Grouped(codes, scale, bits, zero=zero, order=order)
 
 
-def _take_zeros(weights: Weights, name: str, rows: int, groups: int, dim: int | None) -> Tensor:
-    """Zero points [rows, groups] as codes: stored are those of signed numbers."""
+def _take_zeros(
+    weights: Weights, name: str, rows: int, groups: int, scale: Tensor, dim: int | None
+) -> Tensor:
+    """Zero points as codes, as many as there are scales: stored are those of signed numbers."""
     shape = weights.stored_shape(f"{name}.weight_zero_point") or (rows, groups)
     if math.prod(shape) == 1:
         zeros = weights.take(f"{name}.weight_zero_point", shape, dtype=torch.int8)
-        return zeros if zeros.is_meta else _unsigned(zeros).expand(rows, groups).contiguous()
-    zeros = weights.take(f"{name}.weight_zero_point", (rows, groups), dtype=torch.int8, dim=dim)
+        return zeros if zeros.is_meta else _unsigned(zeros).expand(scale.shape).contiguous()
+    zeros = weights.take(
+        f"{name}.weight_zero_point",
+        (rows, groups),
+        dtype=torch.int8,
+        dim=dim_of_groups(dim, groups),
+    )
     return zeros if zeros.is_meta else _unsigned(zeros)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pagedcore.errors import ModelError
 from pagedcore.execution.model import Weights
 from pagedcore.execution.quantized import Grouped
 from pagedcore_quantization.formats import check_method
@@ -53,16 +54,22 @@ class Gguf(PackedFormat):
         stored = weights.take(
             f"{name}.weight", (rows, blocks * kind.num_bytes), dtype=torch.uint8, dim=dim
         )
-        if stored.is_meta:
-            return meta_grouped(
-                rows, columns, columns // kind.group, kind.bits, minimum=kind.has_minimum
+        own_rows, own_bytes = stored.shape
+        own_columns, left = divmod(own_bytes * kind.size, kind.num_bytes)
+        if left or own_columns % kind.size:
+            raise ModelError(
+                f"{name!r} holds its {columns} inputs in blocks of {kind.size}, and a rank would "
+                "get only a part of one: tensor_parallel_size must be smaller"
             )
+        if stored.is_meta:
+            groups = own_columns // kind.group
+            return meta_grouped(own_rows, own_columns, groups, kind.bits, minimum=kind.has_minimum)
         codes, scale, minimum = kind.unpack(stored.view(-1, kind.num_bytes))
         return Grouped(
-            codes.reshape(rows, -1),
-            scale.reshape(rows, -1),
+            codes.reshape(own_rows, -1),
+            scale.reshape(own_rows, -1),
             kind.bits,
-            minimum=None if minimum is None else minimum.reshape(rows, -1),
+            minimum=None if minimum is None else minimum.reshape(own_rows, -1),
         )
 
 

@@ -21,7 +21,13 @@ from pagedcore.execution.quantized import Grouped
 from pagedcore_quantization.formats import check_method, read_bits, read_group
 from pagedcore_quantization.modules import Modules
 from pagedcore_quantization.packed import PackedFormat, Part
-from pagedcore_quantization.packing import check_division, codes_of, meta_grouped, packed_codes
+from pagedcore_quantization.packing import (
+    check_division,
+    codes_of,
+    meta_grouped,
+    packed_codes,
+    stored_dims,
+)
 
 
 class Gptq(PackedFormat):
@@ -56,23 +62,25 @@ class Gptq(PackedFormat):
         check_division(name, "words of inputs", columns, per_word)
         check_division(name, "words of outputs", rows, per_word)
         groups = columns // group
-        other = None if dim is None else 1 - dim
+        of_words, of_groups = stored_dims(dim, groups)
         words = weights.take(
-            f"{name}.qweight", (columns // per_word, rows), dtype=torch.int32, dim=other
+            f"{name}.qweight", (columns // per_word, rows), dtype=torch.int32, dim=of_words
         )
         zeros = weights.take(
-            f"{name}.qzeros", (groups, rows // per_word), dtype=torch.int32, dim=other
+            f"{name}.qzeros", (groups, rows // per_word), dtype=torch.int32, dim=of_groups
         )
-        scales = weights.take(f"{name}.scales", (groups, rows), dtype=torch.float32, dim=other)
+        scales = weights.take(f"{name}.scales", (groups, rows), dtype=torch.float32, dim=of_groups)
         index: Tensor | None = None
         if weights.has(f"{name}.g_idx") or (self._reorders and weights.has(f"{name}.qweight")):
             share = 0 if dim == 1 else None
             index = weights.take(f"{name}.g_idx", (columns,), dtype=torch.int32, dim=share)
         if words.is_meta:
-            return meta_grouped(rows, columns, groups, bits, zero=True)
+            return meta_grouped(
+                scales.shape[1], len(words) * per_word, len(scales), bits, zero=True
+            )
         zero = (codes_of(zeros, bits) + self._added) & (2**bits - 1)
         packed = words.t().contiguous().view(torch.uint8)
-        order = None if index is None else find_order(f"{name}.g_idx", index, groups)
+        order = None if index is None else find_order(f"{name}.g_idx", index, groups, columns)
         if order is not None:
             packed = packed_codes(codes_of(words.t(), bits)[:, order], bits)
         return Grouped(
@@ -80,14 +88,24 @@ class Gptq(PackedFormat):
         )
 
 
-def find_order(name: str, index: Tensor, groups: int) -> Tensor | None:
+def find_order(name: str, index: Tensor, groups: int, columns: int) -> Tensor | None:
     """The inputs of the first group, then those of the second; None where they stand like that.
 
-    Raises ModelError unless all groups have as many inputs.
+    Raises ModelError unless all groups have as many of the `columns`; and where `index` are those
+    of one of several ranks, unless they stand in order: in another one, a rank's inputs would
+    belong to groups that others have.
     """
-    size = len(index) // groups
+    size = columns // groups
     order = index.argsort(stable=True)
     each = torch.arange(groups, dtype=index.dtype, device=index.device).repeat_interleave(size)
+    if len(index) < columns:
+        each = each[int(index[0]) * size :][: len(index)]
+        if torch.equal(index, each):
+            return None
+        raise ModelError(
+            f"{name!r} puts inputs into groups in another order than they stand in (desc_act), and "
+            "such a matrix cannot be divided by its inputs: tensor_parallel_size must be 1"
+        )
     if not torch.equal(index[order], each):
         raise ModelError(
             f"{name!r} must put {size} inputs into each of {groups} groups by the group_size of "

@@ -85,8 +85,9 @@ class Mxfp4:
         """See `StacksExperts`."""
         gate_up_bias, down_bias = take_biases(weights, prefix, num_experts, h, width)
         dtype = gate_up_bias.dtype
-        gate_up = self._take(weights, f"{prefix}.gate_up_proj", (num_experts, 2 * width, h), dtype)
-        down = self._take(weights, f"{prefix}.down_proj", (num_experts, h, width), dtype)
+        gate_up_shape, down_shape = (num_experts, 2 * width, h), (num_experts, h, width)
+        gate_up = self._take(weights, f"{prefix}.gate_up_proj", gate_up_shape, dtype, dim=1)
+        down = self._take(weights, f"{prefix}.down_proj", down_shape, dtype, dim=2)
         experts = Experts(
             gate_up=gate_up if gate_up.is_meta else gates_first(gate_up),
             down=down,
@@ -97,9 +98,15 @@ class Mxfp4:
         return UnquantizedExperts(ops, experts)
 
     def _take(
-        self, weights: Weights, name: str, shape: tuple[int, int, int], dtype: torch.dtype
+        self,
+        weights: Weights,
+        name: str,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        dim: int,
     ) -> Tensor:
-        """Matrices [E, N, inputs] in `dtype`."""
+        """Matrices [E, N, inputs] in `dtype`, of which one dimension may be divided."""
         num_experts, rows, inputs = shape
         if inputs % GROUP:
             raise self._fields.error(
@@ -107,9 +114,12 @@ class Mxfp4:
             )
         groups = inputs // GROUP
         blocks = weights.take(
-            f"{name}_blocks", (num_experts, rows, groups, GROUP // 2), dtype=torch.uint8
+            f"{name}_blocks", (num_experts, rows, groups, GROUP // 2), dtype=torch.uint8, dim=dim
         )
-        scales = weights.take(f"{name}_scales", (num_experts, rows, groups), dtype=torch.uint8)
+        scales = weights.take(
+            f"{name}_scales", (num_experts, rows, groups), dtype=torch.uint8, dim=dim
+        )
+        shape = num_experts, blocks.shape[1], blocks.shape[2] * GROUP
         if blocks.is_meta:
             return torch.empty(shape, dtype=dtype, device="meta")
         wide = torch.empty(shape, dtype=dtype, device=blocks.device)

@@ -125,10 +125,10 @@ class PackedFormat(ABC):
             self._has_warned = True
             logger.warning("%s: experts are widened to %s", self.name, weights.dtype)
 
-        def take(name: str, rows: int, columns: int) -> Tensor:
+        def take(name: str, rows: int, columns: int, dim: int) -> Tensor:
             if self.keeps(name):
-                return weights.take(f"{name}.weight", (rows, columns))
-            part = self.part(weights, name, rows, columns, None)
+                return weights.take(f"{name}.weight", (rows, columns), dim=dim)
+            part = self.part(weights, name, rows, columns, dim)
             return part if isinstance(part, Tensor) else widen_part(part, weights.dtype)
 
         return UnquantizedExperts(ops, take_wide_experts(take, prefix, num_experts, h, width))

@@ -21,6 +21,17 @@ def check_division(name: str, what: str, size: int, divisor: int) -> None:
         )
 
 
+def dim_of_groups(dim: int | None, groups: int) -> int | None:
+    """What is divided of scales [rows, groups]: not the single one that all inputs share."""
+    return None if dim == 1 and groups == 1 else dim
+
+
+def stored_dims(dim: int | None, groups: int) -> tuple[int | None, int | None]:
+    """The same of codes [columns, rows] and scales [groups, rows], which stand on their side."""
+    codes, scales = dim, dim_of_groups(dim, groups)
+    return None if codes is None else 1 - codes, None if scales is None else 1 - scales
+
+
 def codes_of(words: Tensor, bits: int) -> Tensor:
     """int32 [rows, w], the first code in the lowest bits, as uint8 [rows, n]."""
     codes = words.contiguous().view(torch.uint8)

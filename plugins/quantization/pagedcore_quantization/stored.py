@@ -70,8 +70,8 @@ class StoredFp8:
     ) -> ExpertsMethod:
         """See `Quantizer.experts`: experts are widened to the model's type while loading."""
 
-        def take(name: str, rows: int, columns: int) -> Tensor:
-            return self.take_wide(weights, name, rows, columns)
+        def take(name: str, rows: int, columns: int, dim: int) -> Tensor:
+            return self.take_wide(weights, name, rows, columns, dim)
 
         return UnquantizedExperts(ops, take_wide_experts(take, prefix, num_experts, h, width))
 
@@ -100,13 +100,15 @@ class StoredFp8:
             return GROUP_COLUMNS
         return rows if len(scale) == 1 else 1
 
-    def take_wide(self, weights: Weights, name: str, rows: int, columns: int) -> Tensor:
+    def take_wide(
+        self, weights: Weights, name: str, rows: int, columns: int, dim: int | None
+    ) -> Tensor:
         """The layer `name` [rows, columns] in the model's type."""
         if self._format.kept.holds(name):
-            return weights.take(f"{name}.weight", (rows, columns))
-        values, scale = self._take(weights, name, rows, columns, None)
+            return weights.take(f"{name}.weight", (rows, columns), dim=dim)
+        values, scale = self._take(weights, name, rows, columns, dim)
         if values.is_meta:
-            return torch.empty((rows, columns), dtype=weights.dtype, device="meta")
+            return torch.empty(values.shape, dtype=weights.dtype, device="meta")
         return widen(values, scale, weights.dtype)
 
 
@@ -121,14 +123,19 @@ def _repeat_rows(scale: Tensor, rows: int, times: int) -> Tensor:
     return scale.repeat_interleave(times, 0)[:rows].contiguous()
 
 
-def take_scales(weights: Weights, name: str, rows: int, groups: int, dim: int | None) -> Tensor:
-    """The scales of the layer `name` as [rows, groups] float32, whatever they belong to."""
+def take_scales(
+    weights: Weights, name: str, rows: int, groups: int, dim: int | None, *, own: int
+) -> Tensor:
+    """The scales of the layer `name` as [own, groups] float32, whatever they belong to.
+
+    `own` is how many of the rows this rank has.
+    """
     ignore_unused(weights, name)
     name = f"{name}.weight_scale"
     if groups > 1:
         return weights.take(name, (rows, groups), dtype=torch.float32, dim=dim)
     scale = _take_any(weights, name, [(rows, 1), (1,), (), (rows,), (1, 1)], dim)
-    return _repeat_rows(scale, rows, rows if len(scale) == 1 else 1)
+    return _repeat_rows(scale, own, own if len(scale) == 1 else 1)
 
 
 def ignore_unused(weights: Weights, name: str) -> None:
