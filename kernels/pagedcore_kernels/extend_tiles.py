@@ -83,15 +83,23 @@ def load_scales(
     NUM_KV_HEADS: tl.constexpr,
     B: tl.constexpr,
     KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
     """Scales [KEYS] of the same positions, 0 for those that do not exist; or 1, without scales."""
     if HAS_SCALES:
-        position = base + tl.arange(0, KEYS)
-        exists = (position >= lowest) & (position < end)
-        row = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * B + position % B
-        keys = tl.load(key_scale + row, exists, 0.0)
-        values = tl.load(value_scale + row, exists, 0.0)
+        key = tl.arange(0, KEYS)
+        if KEYS <= B:
+            row = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * B + base % B + key
+        else:
+            row = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * B + (base + key) % B
+        if MASKED:
+            exists = (base + key >= lowest) & (base + key < end)
+            keys = tl.load(key_scale + row, exists, 0.0)
+            values = tl.load(value_scale + row, exists, 0.0)
+        else:
+            keys = tl.load(key_scale + row)
+            values = tl.load(value_scale + row)
     else:
         keys = 1.0
         values = 1.0

@@ -59,6 +59,7 @@ def check_size(factory: Factory) -> str:
         if (scale is None) != (kv_format.scale_dtype is None):
             raise PluginError(f"scale_dtype is {kv_format.scale_dtype}, and encode gives {scale}")
         given = [codes] if scale is None else [codes, scale]
+        want: list[tuple[tuple[int, ...], torch.dtype]]
         want = [((5, 3, kv_format.num_codes(size)), kv_format.dtype)]
         want += [] if kv_format.scale_dtype is None else [((5, 3), kv_format.scale_dtype)]
         for tensor, (shape, dtype) in zip(given, want, strict=True):

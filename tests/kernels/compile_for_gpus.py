@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from pagedcore.execution.expert_ops import Experts, Routing
+from pagedcore.execution.kv_formats import Int8, fp8
 from pagedcore.execution.lora_ops import AdapterStep, LoraWeights
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels import backend
@@ -68,21 +69,23 @@ def main():
     triton.runtime.driver.set_active(AbsentGpu(capability))
     JITFunction.__getitem__ = compile_only
     backend._size_of = lambda device: (132, SHARED_MEMORY[capability])
-    step = make_step(
-        [(1, 70), (40, 900)],
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        block_size=64,
-        dtype=torch.bfloat16,
-    )
-    ops, qkv = TritonOps("cpu"), step.qkv.contiguous()
-    ops.begin_step(step.batch)
-    weight = torch.ones(128, dtype=torch.bfloat16)
+    ops, weight = TritonOps("cpu"), torch.ones(128, dtype=torch.bfloat16)
     rope, norm = RopeTable(torch.ones(128, 128)), QKNorm(weight, weight, 1e-6)
-    ops.rope_and_cache(qkv, step.num_heads, rope, norm, step.cache, step.batch)
-    ops.attention(qkv, step.num_heads, 0.1, step.cache, step.batch)
-    ops.copy_blocks(step.cache, torch.ones(1, 3, dtype=torch.int32))
+    for kv_format in (None, Int8(), *([fp8()] if capability >= 89 else [])):
+        step = make_step(
+            [(1, 70), (40, 900)],
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            block_size=64,
+            dtype=torch.bfloat16,
+            kv_format=kv_format,
+        )
+        qkv = step.qkv.contiguous()
+        ops.begin_step(step.batch)
+        ops.rope_and_cache(qkv, step.num_heads, rope, norm, step.cache, step.batch)
+        ops.attention(qkv, step.num_heads, 0.1, step.cache, step.batch)
+        ops.copy_blocks(step.cache, torch.ones(1, 3, dtype=torch.int32))
     x = torch.ones(4, 128, dtype=torch.bfloat16)
     ops.rms_norm(x, weight, 1e-6)
     ops.add_rms_norm(x, x, weight, 1e-6)

@@ -5,6 +5,7 @@ import torch
 
 from pagedcore.errors import ConfigError
 from pagedcore.execution.kernel_bench import Check, Measured
+from pagedcore.execution.kv_formats import Int8, as_is
 from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.checks import check_kernels
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
@@ -40,7 +41,8 @@ def test_a_prompt_counts_each_pair_of_a_query_and_a_position_it_sees():
     assert case.operations == 4 * 2 * 128 * (1 + 2 + 3)
     case = AttentionCase(2, 1, (10, 10), 1)
     assert case.operations == 4 * 2 * 128 * 20
-    assert case.bytes_read == 20 * 2 * 128 * 2
+    assert case.bytes_read(as_is(torch.bfloat16)) == 20 * 2 * 128 * 2
+    assert case.bytes_read(Int8()) == 20 * 2 * (128 + 4)
 
 
 def test_small_data_is_rotated_and_large_data_is_not():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kernel_bench import Check
-from pagedcore.execution.kv_formats import as_is, fp8
+from pagedcore.execution.kv_formats import Int8, as_is, fp8
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels.backend import TritonOps
 from pagedcore_kernels.bench.latent_checks import check_latent, check_sinks
@@ -73,12 +73,16 @@ def _check_attention(device: str, dtype: torch.dtype, small: bool) -> Iterator[C
         )  # fmt: skip
         name = f"attention {kind} B {block_size} window {window} soft cap {soft_cap}"
         yield Check(name, attention_error(step, soft_cap), LIMITS[dtype])
-    if not small and dtype != torch.float32:
+    for kv_format in (fp8(), Int8()):
+        if dtype == torch.float32 or (small and kv_format.scale_dtype is None):
+            continue
         step = make_step(
             lengths, num_heads=16, num_kv_heads=8, head_dim=128, block_size=64, dtype=dtype,
-            kv_format=fp8(), device=device,
+            kv_format=kv_format, device=device,
         )  # fmt: skip
-        yield Check(f"attention {kind}, keys and values fp8", attention_error(step), LIMITS[dtype])
+        name = f"attention {kind}, keys and values {kv_format.name}"
+        yield Check(name, attention_error(step), LIMITS[dtype])
+    if not small and dtype != torch.float32:
         step = make_step(
             [(1, 4000), (24, 3000), (40, 40)], num_heads=32, num_kv_heads=8, head_dim=128,
             block_size=64, dtype=dtype, device=device,

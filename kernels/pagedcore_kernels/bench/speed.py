@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kernel_bench import Figure
+from pagedcore.execution.kv_formats import KVFormat, as_is
 from pagedcore.execution.ops import QKNorm, RopeTable
 from pagedcore_kernels import activation, norms, rope_cache
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
@@ -31,20 +32,41 @@ NUM_KV_HEADS = 8
 
 
 class Pool:
-    """One layer's cache, large enough for every case, whose blocks are handed out at random."""
+    """One layer's cache, large enough for every case, whose blocks are handed out at random.
 
-    def __init__(self, num_blocks: int, dtype: torch.dtype, device: str) -> None:
-        shape = (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-        self.key, self.value = (
-            torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2)
-        )
+    `dtype` is the queries' type; `kv_format` that of keys and values, by default the same.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: str,
+        kv_format: KVFormat | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self.kv_format = kv_format or as_is(dtype)
+        self.key, self._key_scale = _drawn(num_blocks, self.kv_format, dtype, device)
+        self.value, self._value_scale = _drawn(num_blocks, self.kv_format, dtype, device)
         self.num_blocks = num_blocks
         self.device = device
+
+    @property
+    def words(self) -> str:
+        """What a case's name ends with: nothing for the queries' own type."""
+        return "" if self.kv_format.is_exact(self.dtype) else f", {self.kv_format.name}"
 
     def caches(self, num_kv_heads: int) -> tuple[Tensor, Tensor]:
         """Keys and values [N, num_kv_heads, B, D]."""
         shape = (-1, num_kv_heads, BLOCK_SIZE, HEAD_DIM)
         return self.key.view(shape), self.value.view(shape)
+
+    def scales(self, num_kv_heads: int) -> tuple[Tensor, Tensor] | None:
+        """Scales of both [N, num_kv_heads, B], where the format has them."""
+        if self._key_scale is None or self._value_scale is None:
+            return None
+        shape = (-1, num_kv_heads, BLOCK_SIZE)
+        return self._key_scale.view(shape), self._value_scale.view(shape)
 
     def tables(self, num_rows: int, width: int, count: int, num_kv_heads: int) -> list[Tensor]:
         """`count` block tables [num_rows, width] that share no block, as far as there are any."""
@@ -54,6 +76,24 @@ class Pool:
         needed = num_rows * width * count
         blocks = blocks.repeat(-(-needed // len(blocks)))
         return list(blocks[:needed].view(count, num_rows, width))
+
+
+def _drawn(
+    num_blocks: int, kv_format: KVFormat, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor | None]:
+    """Codes of normal numbers and their scales, a few blocks at a time."""
+    shape = (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    codes = torch.empty(shape, dtype=kv_format.dtype, device=device)
+    scale = None
+    if kv_format.scale_dtype is not None:
+        scale = torch.empty(shape[:3], dtype=kv_format.scale_dtype, device=device)
+    for begin in range(0, num_blocks, 512):
+        part = slice(begin, min(begin + 512, num_blocks))
+        numbers = torch.randn(part.stop - begin, *shape[1:], dtype=dtype, device=device)
+        codes[part], scale_of_part = kv_format.encode(numbers)
+        if scale is not None and scale_of_part is not None:
+            scale[part] = scale_of_part
+    return codes, scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +116,9 @@ class AttentionCase:
             f"B {len(self.lengths)} ctx {context}{new} heads {self.num_heads}/{self.num_kv_heads}"
         )
 
-    @property
-    def bytes_read(self) -> int:
-        """Keys and values of all positions, in 16 bits."""
-        return sum(self.lengths) * 2 * self.num_kv_heads * HEAD_DIM * 2
+    def bytes_read(self, kv_format: KVFormat) -> int:
+        """Keys and values of all positions, with their scales."""
+        return sum(self.lengths) * 2 * self.num_kv_heads * kv_format.vector_bytes(HEAD_DIM)
 
     @property
     def operations(self) -> int:
@@ -92,7 +131,8 @@ def decode_calls(
     case: AttentionCase, pool: Pool, config: DecodeConfig, num_sms: int
 ) -> list[Callable[[], object]]:
     """Calls of the decode kernel, each on blocks of its own."""
-    device, dtype, num = pool.device, pool.key.dtype, len(case.lengths)
+    device, dtype, num = pool.device, pool.dtype, len(case.lengths)
+    rotations = num_rotations(case.bytes_read(pool.kv_format))
     keys, values = pool.caches(case.num_kv_heads)
     context = torch.tensor(case.lengths, dtype=torch.int32, device=device)
     rows = torch.randperm(num, device=device).int()
@@ -101,7 +141,7 @@ def decode_calls(
     out = torch.empty(num, case.num_heads * HEAD_DIM, dtype=dtype, device=device)
     width = -(-max(case.lengths) // BLOCK_SIZE)
     calls: list[Callable[[], object]] = []
-    for table in pool.tables(num, width, num_rotations(case.bytes_read), case.num_kv_heads):
+    for table in pool.tables(num, width, rotations, case.num_kv_heads):
         work = build_work_list(
             context,
             rows,
@@ -117,7 +157,7 @@ def decode_calls(
         calls.append(
             partial(
                 decode_attention, query, case.num_heads, HEAD_DIM**-0.5, keys, values, work, out,
-                config=config,
+                scales=pool.scales(case.num_kv_heads), config=config,
             )
         )  # fmt: skip
     return calls
@@ -127,7 +167,8 @@ def extend_calls(
     case: AttentionCase, pool: Pool, config: ExtendConfig, num_sms: int
 ) -> list[Callable[[], object]]:
     """Calls of the extend kernel, each on blocks of its own."""
-    device, dtype, num = pool.device, pool.key.dtype, len(case.lengths)
+    device, dtype, num = pool.device, pool.dtype, len(case.lengths)
+    rotations = num_rotations(case.bytes_read(pool.kv_format), 8)
     keys, values = pool.caches(case.num_kv_heads)
     num_tokens = num * case.new
     context = torch.tensor(case.lengths, dtype=torch.int32, device=device)
@@ -145,9 +186,10 @@ def extend_calls(
     return [
         partial(
             extend_attention, query, case.num_heads, HEAD_DIM**-0.5, keys, values, table, start,
-            rows, context, tiles, out, parts=parts, config=config,
+            rows, context, tiles, out, scales=pool.scales(case.num_kv_heads), parts=parts,
+            config=config,
         )
-        for table in pool.tables(num, width, num_rotations(case.bytes_read, 8), case.num_kv_heads)
+        for table in pool.tables(num, width, rotations, case.num_kv_heads)
     ]  # fmt: skip
 
 
@@ -160,15 +202,16 @@ def attention_figures(
 ) -> Iterator[Figure]:
     """Time the attention kernels; `extend` gives the settings for heads that share keys."""
     for case in cases:
+        name = f"{case}{pool.words}"
         if case.new == 1:
             passed = time_calls(decode_calls(case, pool, decode, num_sms))
-            rate = case.bytes_read / passed.median * 1e6
-            yield Figure("decode_attention", str(case), passed, rate, "B/s")
+            rate = case.bytes_read(pool.kv_format) / passed.median * 1e6
+            yield Figure("decode_attention", name, passed, rate, "B/s")
         else:
             config = extend(case.num_heads // case.num_kv_heads)
             passed = time_calls(extend_calls(case, pool, config, num_sms))
             rate = case.operations / passed.median * 1e6
-            yield Figure("extend_attention", str(case), passed, rate, "FLOP/s")
+            yield Figure("extend_attention", name, passed, rate, "FLOP/s")
 
 
 def dense_attention_figures(cases: list[AttentionCase], device: str) -> Iterator[Figure]:
@@ -224,24 +267,26 @@ def rope_figures(pool: Pool, tokens: list[int]) -> Iterator[Figure]:
     """Rotary embedding with norms, for the heads of Qwen3-0.6B and Llama-8B."""
     device = pool.device
     table = RopeTable(torch.randn(4096, HEAD_DIM, device=device))
-    weight = torch.ones(HEAD_DIM, device=device, dtype=pool.key.dtype)
+    weight = torch.ones(HEAD_DIM, device=device, dtype=pool.dtype)
     norm = QKNorm(weight, weight, 1e-6)
     for num in tokens:
         for num_heads in (16, 32):
             columns = (num_heads + 2 * NUM_KV_HEADS) * HEAD_DIM
-            size = num * (2 * columns + 2 * NUM_KV_HEADS * HEAD_DIM) * 2
+            kept = 2 * NUM_KV_HEADS * pool.kv_format.vector_bytes(HEAD_DIM)
+            size = num * (2 * columns * pool.dtype.itemsize + kept)
             positions = torch.randint(0, 4096, (num,), device=device)
             slots = torch.randperm(pool.num_blocks * BLOCK_SIZE, device=device)[:num]
             calls = [
                 partial(
                     rope_cache.rope_and_cache,
-                    torch.randn(num, columns, device=device).to(pool.key.dtype),
+                    torch.randn(num, columns, device=device).to(pool.dtype),
                     num_heads, table, norm, pool.key, pool.value, positions, slots,
+                    pool.scales(NUM_KV_HEADS),
                 )
                 for _ in range(num_rotations(size, 32))
             ]  # fmt: skip
             passed = time_calls(calls)
-            case = f"T {num} heads {num_heads}/{NUM_KV_HEADS}"
+            case = f"T {num} heads {num_heads}/{NUM_KV_HEADS}{pool.words}"
             yield Figure("rope_and_cache", case, passed, size / passed.median * 1e6, "B/s")
 
 

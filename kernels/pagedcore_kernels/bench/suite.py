@@ -7,6 +7,7 @@ import torch
 
 from pagedcore.errors import ConfigError
 from pagedcore.execution.kernel_bench import Check, Figure, Trial, Unit
+from pagedcore.execution.kv_formats import Int8, KVFormat, fp8
 from pagedcore_kernels.bench.checks import check_kernels
 from pagedcore_kernels.bench.clock import copy_bandwidth, product_rate
 from pagedcore_kernels.bench.packed_checks import check_packed
@@ -33,6 +34,9 @@ HEADS = ((16, 8), (32, 8), (32, 4))
 
 BLOCK_BYTES = 2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM * 2
 """Keys and values of a pool's block, in 16 bits."""
+
+EIGHT_BITS = (fp8(), Int8())
+"""Formats of keys and values that are timed beside the queries' own type."""
 
 TUNING_GIB = 8.0
 """Of cached keys and values are enough to tell settings apart."""
@@ -99,9 +103,10 @@ class Suite:
         device = self._device
         if self._small:
             cases = [AttentionCase(4, 2, (70, 3)), AttentionCase(4, 2, (70,), 70)]
-            pool = Pool(64, self._dtype, device)
-            yield from self._attention(pool, cases)
-            yield from rope_figures(pool, [3])
+            for kv_format in (None, Int8()):
+                pool = Pool(64, self._dtype, device, kv_format)
+                yield from self._attention(pool, cases)
+                yield from rope_figures(pool, [3])
             yield from row_figures(device, [(3, 64)])
             yield from moe_figures(device, [3], (8, 2, 64, 32))
             return
@@ -110,12 +115,26 @@ class Suite:
         room = pool.num_blocks * BLOCK_BYTES
         yield from chain(
             # a case that would read a block twice would find it in the L2 cache
-            self._attention(pool, [case for case in cases if case.bytes_read <= room]),
+            self._attention(pool, [c for c in cases if c.bytes_read(pool.kv_format) <= room]),
+            *map(self._in_eight_bits, EIGHT_BITS),
             dense_attention_figures(extend_cases(), device),
             rope_figures(pool, [1, 256, 8192]),
             row_figures(device, [(1, 1024), (256, 1024), (256, 4096), (16384, 1024), (8192, 4096)]),
             moe_figures(device, [1, 32, 256, 4096], (128, 8, 2048, 768)),
         )
+
+    def _in_eight_bits(self, kv_format: KVFormat) -> Iterator[Figure]:
+        """Attention, and what writes the cache, where keys and values are kept so."""
+        pool = self._pool(TUNING_GIB, kv_format)
+        cases = [
+            AttentionCase(*heads, (context,) * batch)
+            for heads in HEADS[:2]
+            for batch, context in ((1, 4096), (32, 1024), (64, 4096), (256, 1024))
+        ]
+        cases += [AttentionCase(32, 8, (4096,), 4096), AttentionCase(32, 8, (10240,), 2048)]
+        room = pool.num_blocks * BLOCK_BYTES // 2
+        yield from self._attention(pool, [c for c in cases if c.bytes_read(kv_format) <= room])
+        yield from rope_figures(pool, [256, 8192])
 
     def trials(self, kernel: str) -> Iterator[Trial]:
         """See `KernelBench.trials`."""
@@ -146,14 +165,15 @@ class Suite:
         raise ConfigError(f"only {', '.join(self.tunable)} have settings, not {kernel!r}")
 
     def _attention(self, pool: Pool, cases: list[AttentionCase]) -> Iterator[Figure]:
-        decode = choose_decode(HEAD_DIM, self._dtype, BLOCK_SIZE, self._shared_memory)
+        kept = pool.kv_format.dtype
+        decode = choose_decode(HEAD_DIM, kept, BLOCK_SIZE, self._shared_memory)
 
         def extend(group: int) -> ExtendConfig:
             return choose_extend(HEAD_DIM, self._dtype, group, self._shared_memory)
 
         return attention_figures(pool, decode, extend, self._num_sms, cases)
 
-    def _pool(self, gib: float) -> Pool:
-        """A pool in the GPU's memory, no larger than what was asked for."""
+    def _pool(self, gib: float, kv_format: KVFormat | None = None) -> Pool:
+        """A pool in the GPU's memory, no larger than what was asked for in 16 bits."""
         num_blocks = int(min(gib, self._cache_gib) * 2**30) // BLOCK_BYTES
-        return Pool(num_blocks, self._dtype, self._device)
+        return Pool(num_blocks, self._dtype, self._device, kv_format)

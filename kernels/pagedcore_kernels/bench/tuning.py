@@ -44,7 +44,7 @@ def tune(
             try:
                 if isinstance(config, DecodeConfig):
                     calls = decode_calls(case, pool, config, num_sms)
-                    work = case.bytes_read
+                    work = case.bytes_read(pool.kv_format)
                 else:
                     calls = extend_calls(case, pool, config, num_sms)
                     work = case.operations

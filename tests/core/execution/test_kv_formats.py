@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from pagedcore.cache_spec import CacheSpec, group_layers
-from pagedcore.errors import ConfigError
+from pagedcore.errors import ConfigError, PluginError
 from pagedcore.execution.kv_cache import check_format
 from pagedcore.execution.kv_formats import Int8, as_is, fp8
 from pagedcore.execution.torch_ops import TorchOps
+from pagedcore.testing.kv_format_kit import kv_format_checks
 
 INT8 = Int8()
 NUMBERS = st.one_of(
@@ -78,3 +79,30 @@ def test_latent_vectors_refuse_a_format_with_one_scale_by_its_name():
     check_format(TorchOps("cpu"), groups, fp8())
     with pytest.raises(ConfigError, match=r"'int8' is not for .* latent .* kv_cache_dtype='fp8'"):
         check_format(TorchOps("cpu"), groups, INT8)
+
+
+class Forgetful(Int8):
+    """Breaks every promise: it rounds more than it says, moves zero, and hides NaN."""
+
+    def vector_bytes(self, size):
+        return size
+
+    def encode(self, x):
+        codes, scale = super().encode(x.nan_to_num(0.0))
+        return (codes // 16 + 1) * 7, scale
+
+    def decode(self, codes, scale, dtype):
+        return super().decode(codes, scale, dtype) + 0.1
+
+
+def test_the_kit_names_each_promise_that_a_format_breaks():
+    said = {}
+    for check in kv_format_checks("forgetful", lambda dtype: Forgetful()):
+        try:
+            check()
+        except PluginError as error:
+            said[check.claim] = str(error)
+    broken = {"error in float32", "error in bfloat16", "size", "keeps zeros", "shows NaN"}
+    assert set(said) - {"attention over what it holds"} == broken
+    assert "0.008 was promised" in said["error in float32"]
+    assert "vector_bytes(16) is not what codes and scale take" in said["size"]

@@ -75,7 +75,8 @@ def allocated(executor):
     parts = parts_of(executor._model, skip=(executor._ops,))
     caches = [cache for cache in executor._caches if cache is not None]
     weights = storage_bytes(part for part in parts if isinstance(part, torch.Tensor))
-    return weights, storage_bytes(t for c in caches for t in (c.key, c.value) if t is not None)
+    kept = (t for c in caches for t in (c.key, c.value, c.key_scale, c.value_scale))
+    return weights, storage_bytes(t for t in kept if t is not None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,6 +106,7 @@ def test_every_family_is_planned_within_5_percent_of_what_a_start_allocates(
     [
         {"quantization": "fp8"},
         {"kv_cache_memory_bytes": 3 << 20, "kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "int8"},
         {"num_gpu_blocks_override": 37, "block_size": 32},
         {"max_model_len": -1, "cpu_kv_cache_gib": 0.0002},
         {"preset": "low-latency", "max_num_seqs": 3},
@@ -157,6 +159,8 @@ def test_weights_and_cache_of_a_known_model_are_the_published_ones(plan):
     assert [group.num_layers for group in found.groups] == [32]
     assert plan(80, quantization="fp8").weight_bytes < 0.6 * found.weight_bytes
     assert plan(80, kv_cache_dtype="fp8").kv_bytes_per_token == found.kv_bytes_per_token // 2
+    whole = plan(80, kv_cache_dtype="int8").kv_bytes_per_token
+    assert whole * 256 == found.kv_bytes_per_token * 132  # with a scale for each 128 elements
 
 
 def test_the_cache_gets_what_the_rest_leaves(plan):  # MEM-1, MEM-4
@@ -302,3 +306,10 @@ def test_a_backend_that_cannot_be_asked_is_noted(folder):
 def test_what_no_memory_would_help_is_an_error(plan, changes, options, error, message):
     with pytest.raises(error, match=message):
         plan(80, config={**LLAMA_8B, **changes}, **options)
+
+
+def test_a_smaller_cache_is_proposed_where_it_helps(plan):
+    options = dict(quantization="fp8")
+    changes = [remedy.change for remedy in plan(24, **options).remedies]
+    assert {"--kv-cache-dtype fp8", "--kv-cache-dtype int8"} <= set(changes)
+    assert all(plan(24, kv_cache_dtype=name, **options).fits for name in ("fp8", "int8"))
