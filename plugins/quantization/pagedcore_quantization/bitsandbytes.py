@@ -65,7 +65,7 @@ class BitsAndBytes(PackedFormat):
     def part(self, weights: Weights, name: str, rows: int, columns: int, dim: int | None) -> Part:
         """See `PackedFormat.part`."""
         if self._kind:
-            return self._take_4(weights, f"{name}.weight", rows, columns)
+            return self._take_4(weights, f"{name}.weight", rows, columns, dim)
         weights.ignore(f"{name}.weight_format")
         weight = weights.take(f"{name}.weight", (rows, columns), dtype=torch.int8, dim=dim)
         share = 0 if dim == 0 else None
@@ -74,10 +74,19 @@ class BitsAndBytes(PackedFormat):
             return meta_grouped(len(weight), weight.shape[1], 1, 8)
         return Grouped(weight.view(torch.uint8) ^ 128, largest[:, None] / 127, 8)
 
-    def _take_4(self, weights: Weights, name: str, rows: int, columns: int) -> Part:
+    def _take_4(
+        self, weights: Weights, name: str, rows: int, columns: int, dim: int | None
+    ) -> Part:
         size = rows * columns
         block, blocks = _blocks(weights, f"{name}.absmax", size)
-        packed = weights.take(name, (-(-size // 2), 1), dtype=torch.uint8)
+        num_bytes = -(-size // 2)
+        share = None if dim is None else 0
+        packed = weights.take(name, (num_bytes, 1), dtype=torch.uint8, dim=share)
+        if len(packed) != num_bytes:
+            raise ModelError(
+                f"{name!r} is stored as one run of blocks of {block} numbers, of which no rank can "
+                "have some columns: tensor_parallel_size must be 1 with 4 bits of bitsandbytes"
+            )
         table = weights.take(f"{name}.quant_map", (16,), dtype=torch.float32)
         state = self._take_state(weights, name, block, (rows, columns))
         scale = self._take_scale(weights, name, blocks, state)
