@@ -14,6 +14,8 @@ schedules.py         the schedules: chunks, decodes, batches, cached prefixes
 paged_model.py       PagedModel: a model over a paged cache, driven by hand
 drawn_checkpoint.py  a checkpoint for an architecture that transformers does not have
 quantizer_kit.py     a format's error and size, as its QuantizerCase (quantizer_case.py) promises
+experts_kit.py       and those of experts; stored_tensors.py loads what a case stores
+written_*.py         matrices as the formats of checkpoints store them
 writer_kit.py        a format that weights are written in is read as it says
 backend_kit.py       every operation against plain torch; backend_steps.py makes steps for it
 policy_kit.py        orders and victims of a scheduling policy

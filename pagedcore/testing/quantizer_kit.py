@@ -1,79 +1,151 @@
-"""The quantizer kit: are products as exact, and weights as small, as a format promises?"""
+"""The quantizer kit: are products as exact, and weights as small, as a format promises?
 
-import tempfile
+Two matrices that become one are stored as the case says, and loaded as a start does: of shapes
+alone first, then of weights. Products are compared with those of the float matrices, within the
+promised error, and with those of what the stored tensors stand for, up to rounding. Experts have a
+module of their own, `experts_kit.py`.
+"""
+
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
-from types import FunctionType, ModuleType
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pagedcore.errors import ConfigError, ModelError, PluginError
-from pagedcore.execution.checkpoint import Checkpoint
+from pagedcore.execution.model import Weights
 from pagedcore.execution.quantizer import LinearMethod, Quantizer
 from pagedcore.execution.torch_ops import TorchOps
 from pagedcore.testing.checks import Check
-from pagedcore.testing.quantizer_case import QuantizerCase
+from pagedcore.testing.experts_kit import experts_checks
+from pagedcore.testing.quantizer_case import LAYERS, QuantizerCase
+from pagedcore.testing.stored_tensors import NOT_EQUAL, bytes_kept, load, stored, without
 
 IN_FEATURES = 256
-OUT_FEATURES = {"first": 96, "second": 32}
+OUT_FEATURES = (96, 32)
 """Of two matrices that are multiplied as one."""
 
 NUM_TOKENS = (1, 5, 33)
-PREFIX = "layer"
+
+CUT = 32
+"""Rows that a matrix which lies has less: packed words of any format can hold the rest."""
 
 Factory = Callable[[Mapping[str, Any]], Quantizer]
 
 
 def quantizer_checks(name: str, factory: Factory, case: QuantizerCase) -> Iterator[Check]:
-    """What one format promises."""
+    """What one format promises, in its case and each variant of it."""
     subject = f"quantizer {name}"
-    for dtype in (torch.float32, torch.bfloat16):
-        words = str(dtype).removeprefix("torch.")
-        yield Check(subject, f"products in {words}", partial(check_products, factory, case, dtype))
-    yield Check(subject, "size", partial(check_size, factory, case))
-    yield Check(
-        subject, "refuses tensors that are not there", partial(check_missing, factory, case)
-    )
-    yield Check(subject, "refuses shapes that lie", partial(check_shapes, factory, case))
-    for lie in case.lies:
-        yield Check(subject, f"refuses {dict(lie)}", partial(check_settings, factory, lie))
+    for variant, each in {"": case, **case.variants}.items():
+        drawn = _Drawn(each)
+        promises: dict[str, Callable[[], str]] = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            words = f"products in {str(dtype).removeprefix('torch.')}"
+            promises[words] = partial(check_products, factory, drawn, dtype)
+        if each.stands_for is not None:
+            promises["equal to what is stored"] = partial(check_equal, factory, drawn)
+        promises["size"] = partial(check_size, factory, drawn)
+        promises["refuses tensors that are not there"] = partial(check_missing, factory, drawn)
+        promises["refuses shapes that lie"] = partial(check_shapes, factory, drawn)
+        for claim, test in {**promises, **experts_checks(factory, each)}.items():
+            yield Check(subject, ": ".join(filter(None, [variant, claim])), test)
+        for lie in each.lies:
+            words = f"refuses {dict(lie)}"
+            yield Check(subject, words, partial(check_settings, factory, lie))
 
 
-def check_products(factory: Factory, case: QuantizerCase, dtype: torch.dtype) -> str:
+class _Drawn:
+    """A case with two matrices and their biases; what is stored of them is made once."""
+
+    def __init__(self, case: QuantizerCase) -> None:
+        self.case = case
+
+    @cached_property
+    def matrices(self) -> list[Tensor]:
+        """[out, in] float32 of each part."""
+        generator = torch.Generator().manual_seed(0)
+        return [
+            torch.randn(rows, IN_FEATURES, generator=generator) / IN_FEATURES**0.5
+            for rows in OUT_FEATURES
+        ]
+
+    @cached_property
+    def biases(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        return [torch.randn(rows, generator=generator) for rows in OUT_FEATURES]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """What the checkpoint holds."""
+        return self._stored(self.matrices)
+
+    @property
+    def cut(self) -> dict[str, Tensor]:
+        """The same, but the first matrix has CUT rows too few."""
+        first, *rest = self.matrices
+        return self._stored([first[CUT:].contiguous(), *rest])
+
+    @property
+    def whole(self) -> Tensor:
+        return torch.cat(self.matrices)
+
+    @property
+    def bias(self) -> Tensor:
+        return torch.cat(self.biases)
+
+    def _stored(self, matrices: list[Tensor]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, matrix, bias in zip(LAYERS, matrices, self.biases, strict=True):
+            tensors |= stored(self.case, name, matrix)
+            tensors[f"{name}.bias"] = bias
+        return tensors
+
+
+def check_products(factory: Factory, drawn: _Drawn, dtype: torch.dtype) -> str:
     """Compare with products of the float matrices, with one and several rows, joined and biased."""
-    ops = TorchOps("cpu")
-    tensors, whole, bias = _draw(case)
-    with tempfile.TemporaryDirectory(prefix="pagedcore-quantizer-kit-") as folder:
-        method = _load(factory(case.settings), Path(folder), tensors, ops, dtype)
+    ops, case = TorchOps("cpu"), drawn.case
+    method = _load(factory, drawn, drawn.tensors, ops, dtype)
+    whole, bias = drawn.whole.double(), drawn.bias.double()
     generator = torch.Generator().manual_seed(1)
     largest = 0.0
     for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, IN_FEATURES, generator=generator).to(dtype)
-        given = ops.quantize(x) if method.wants_quantized(num_tokens, dtype) else x
-        got = method.apply(given)
+        got = _apply(method, x, ops)
         if got.shape != (num_tokens, len(whole)) or got.dtype != dtype:
             raise PluginError(
                 f"a product is {got.dtype} {list(got.shape)}; {dtype} "
                 f"{[num_tokens, len(whole)]} was expected"
             )
-        exact = x.double() @ whole.double().T + bias.double()
+        exact = x.double() @ whole.T + bias
         largest = max(largest, float((got.double() - exact).norm() / exact.norm()))
     if not largest <= case.max_error:
         raise PluginError(f"the error is {largest:.3g}; {case.max_error:.3g} was promised")
     return f"error {largest:.2g}, at most {case.max_error:.2g}"
 
 
-def check_size(factory: Factory, case: QuantizerCase) -> str:
+def check_equal(factory: Factory, drawn: _Drawn) -> str:
+    """Compare with products of the matrices that are stored: its columns, and of random rows."""
+    ops, case = TorchOps("cpu"), drawn.case
+    assert case.stands_for is not None, "else there is nothing to compare with"
+    method = _load(factory, drawn, drawn.tensors, ops, torch.float32)
+    meant = torch.cat([case.stands_for(matrix) for matrix in drawn.matrices])
+    rows = [torch.eye(IN_FEATURES)]
+    if not case.rounds_inputs:
+        rows.append(torch.randn(7, IN_FEATURES, generator=torch.Generator().manual_seed(3)))
+    x = torch.cat(rows)
+    off = float((_apply(method, x, ops) - (x @ meant.T + drawn.bias)).abs().max())
+    if not off <= NOT_EQUAL:
+        raise PluginError(f"products differ from those with what is stored by up to {off:.3g}")
+    return f"within {off:.1g}"
+
+
+def check_size(factory: Factory, drawn: _Drawn) -> str:
     """Add up what a loaded layer keeps, biases aside."""
-    ops = TorchOps("cpu")
-    tensors, whole, bias = _draw(case)
-    with tempfile.TemporaryDirectory(prefix="pagedcore-quantizer-kit-") as folder:
-        method = _load(factory(case.settings), Path(folder), tensors, ops, torch.bfloat16)
-    kept = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors_of(method, {id(ops)})}
-    per_weight = (sum(kept.values()) - 2 * bias.numel()) / whole.numel()
+    ops, case = TorchOps("cpu"), drawn.case
+    method = _load(factory, drawn, drawn.tensors, ops, torch.bfloat16)
+    bias = 2 * drawn.bias.numel()
+    per_weight = (bytes_kept(method, ops) - bias) / drawn.whole.numel()
     if not per_weight <= case.max_bytes:
         raise PluginError(
             f"it keeps {per_weight:.3g} bytes per weight; {case.max_bytes:.3g} promised"
@@ -81,19 +153,18 @@ def check_size(factory: Factory, case: QuantizerCase) -> str:
     return f"{per_weight:.3g} bytes per weight"
 
 
-def check_missing(factory: Factory, case: QuantizerCase) -> str:
+def check_missing(factory: Factory, drawn: _Drawn) -> str:
     """Leave out each tensor in turn: the build of shapes alone must name it."""
-    tensors, _, _ = _draw(case)
-    for name in tensors:
-        rest = {other: tensor for other, tensor in tensors.items() if other != name}
-        _expect_refusal(factory, case, rest, f"a checkpoint without {name!r}")
+    for name in drawn.tensors:
+        if not any(name.endswith(f".{each}") for each in drawn.case.optional):
+            rest = without(drawn.tensors, name)
+            _expect_refusal(factory, drawn, rest, f"a checkpoint without {name!r}")
     return ""
 
 
-def check_shapes(factory: Factory, case: QuantizerCase) -> str:
-    """Give the first matrix one row too few."""
-    tensors, _, _ = _draw(case, cut=1)
-    _expect_refusal(factory, case, tensors, "a matrix with too few rows")
+def check_shapes(factory: Factory, drawn: _Drawn) -> str:
+    """Give the first matrix some rows too few."""
+    _expect_refusal(factory, drawn, drawn.cut, "a matrix with too few rows")
     return ""
 
 
@@ -107,75 +178,30 @@ def check_settings(factory: Factory, lie: Mapping[str, Any]) -> str:
 
 
 def _expect_refusal(
-    factory: Factory, case: QuantizerCase, tensors: Mapping[str, Tensor], what: str
+    factory: Factory, drawn: _Drawn, tensors: Mapping[str, Tensor], what: str
 ) -> None:
-    with tempfile.TemporaryDirectory(prefix="pagedcore-quantizer-kit-") as folder:
-        try:
-            _load(factory(case.settings), Path(folder), tensors, TorchOps("cpu"), torch.float32)
-        except ModelError:
-            return
+    try:
+        _load(factory, drawn, tensors, TorchOps("cpu"), torch.float32)
+    except ModelError:
+        return
     raise PluginError(f"{what} was taken")
 
 
-def _draw(case: QuantizerCase, cut: int = 0) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The checkpoint's tensors; the whole matrix; the whole bias. `cut` rows are left out."""
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, Tensor] = {}
-    matrices: list[Tensor] = []
-    biases: list[Tensor] = []
-    for part, rows in OUT_FEATURES.items():
-        matrix = torch.randn(rows, IN_FEATURES, generator=generator) / IN_FEATURES**0.5
-        bias = torch.randn(rows, generator=generator)
-        kept = matrix[cut:] if not matrices else matrix
-        stored = {"weight": kept} if case.store is None else case.store(kept.contiguous())
-        tensors |= {f"{PREFIX}.{part}.{name}": tensor for name, tensor in stored.items()}
-        tensors[f"{PREFIX}.{part}.bias"] = bias
-        matrices.append(matrix)
-        biases.append(bias)
-    return tensors, torch.cat(matrices), torch.cat(biases)
-
-
 def _load(
-    quantizer: Quantizer,
-    folder: Path,
+    factory: Factory,
+    drawn: _Drawn,
     tensors: Mapping[str, Tensor],
     ops: TorchOps,
     dtype: torch.dtype,
 ) -> LinearMethod:
-    """As a start does: of shapes alone first, then of weights."""
-    from safetensors.torch import save_file
+    quantizer = factory(drawn.case.settings)
 
-    (folder / "config.json").write_text("{}", encoding="utf-8")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    checkpoint = Checkpoint(folder)
-    names = [f"{PREFIX}.{part}" for part in OUT_FEATURES]
-    rows = list(OUT_FEATURES.values())
-    quantizer.linear(checkpoint.shapes(dtype), ops, names, IN_FEATURES, rows, bias=True, dim=0)
-    checkpoint.check_all_taken()
-    weights = checkpoint.tensors(dtype, torch.device("cpu"))
-    with torch.inference_mode():
-        method = quantizer.linear(weights, ops, names, IN_FEATURES, rows, bias=True, dim=0)
-    weights.finish()
-    return method
+    def take(weights: Weights) -> LinearMethod:
+        rows = list(OUT_FEATURES)
+        return quantizer.linear(weights, ops, LAYERS, IN_FEATURES, rows, bias=True, dim=0)
+
+    return load(take, tensors, dtype)
 
 
-def _tensors_of(thing: object, seen: set[int]) -> Iterator[Tensor]:
-    """All tensors that an object holds on to, through its attributes and containers."""
-    if id(thing) in seen:
-        return
-    seen.add(id(thing))
-    if isinstance(thing, Tensor):
-        yield thing
-        return
-    if isinstance(thing, type | ModuleType | FunctionType):
-        return
-    if isinstance(thing, Mapping):
-        parts = list(thing.values())
-    elif isinstance(thing, list | tuple | set):
-        parts = list(thing)
-    else:
-        slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
-        parts = [getattr(thing, name) for name in slots if hasattr(thing, name)]
-        parts += list(getattr(thing, "__dict__", {}).values())
-    for part in parts:
-        yield from _tensors_of(part, seen)
+def _apply(method: LinearMethod, x: Tensor, ops: TorchOps) -> Tensor:
+    return method.apply(ops.quantize(x) if method.wants_quantized(len(x), x.dtype) else x)

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 import pagedcore_models
-from pagedcore.errors import ConfigError, PluginError
+from pagedcore.errors import ConfigError, ModelError, PluginError
 from pagedcore.execution.native.ops import NativeOps
+from pagedcore.execution.quantizer import Unquantized
+from pagedcore.execution.stacked_experts import stacked_experts
 from pagedcore.execution.torch_ops import TorchOps
 from pagedcore.scheduling.policies import FirstComeFirstServed, Priority
 from pagedcore.testing.backend_kit import OPERATIONS, backend_checks
 from pagedcore.testing.model_kit import Backend, check_model
 from pagedcore.testing.policy_kit import check_policy
 from pagedcore.testing.pooled_kit import check_pooled
-from pagedcore.testing.quantizer_case import QuantizerCase
+from pagedcore.testing.quantizer_case import QuantizerCase, StackedCase
 from pagedcore.testing.quantizer_kit import quantizer_checks
 from pagedcore_models.bert import BertForSequenceClassification, BertModel
 from pagedcore_models.llama import LlamaForCausalLM
@@ -196,6 +198,9 @@ class Quantizer:
         biases = [weights.take(f"{n}.bias", (rows,)) for n, rows in parts]
         return self.made(torch.cat(matrices), torch.cat(biases))
 
+    def experts(self, *arguments):
+        return Unquantized().experts(*arguments)
+
     def made(self, weight, bias):
         return Half(weight.half(), bias)
 
@@ -227,6 +232,94 @@ def test_what_a_quantizer_breaks_is_named():
     }
     assert "0.004 was promised" in said["products in float32"]
     assert "bytes per weight; 2.1 promised" in said["size"]
+
+
+HALVES = replace(
+    CASE,
+    store=lambda matrix: {"weight": matrix.half()},
+    stands_for=lambda matrix: matrix.half().float(),
+    variants={"as it is": replace(CASE, lies=())},
+    max_expert_bytes=2.0,
+    stacked=StackedCase(
+        store=lambda matrices: {"": matrices.mT.half()},
+        stands_for=lambda matrices: matrices.half().float(),
+        max_error=0.004,
+        max_bytes=2.1,
+    ),
+)
+
+
+class Shrunk:
+    """Experts that count a little less, and are kept twice."""
+
+    def __init__(self, experts):
+        self.experts = experts
+        self.copy = [t.clone() for t in (experts._experts.gate_up, experts._experts.down)]
+
+    def apply(self, x, weights, chosen):
+        return self.experts.apply(x, weights * 0.998, chosen)
+
+
+class Inexact(Quantizer):
+    """Within its bound, but not what the checkpoint says."""
+
+    def made(self, weight, bias):
+        return Half((weight * 1.002).half(), bias)
+
+    def experts(self, *arguments):
+        return Shrunk(super().experts(*arguments))
+
+
+class GatesFirst(Quantizer):
+    """Takes the first half of stacked rows for gates, where gates and partners take turns."""
+
+    def stacked_experts(self, weights, ops, prefix, num_experts, h, width, clamp):
+        method = stacked_experts(Unquantized(), weights, ops, prefix, num_experts, h, width, clamp)
+        gate_up = method._experts.gate_up
+        order = torch.stack([torch.arange(width), torch.arange(width) + width], 1).flatten()
+        method._experts.gate_up = gate_up if gate_up.is_meta else gate_up[:, order]
+        return method
+
+
+def test_a_stored_format_that_keeps_its_promises_passes_in_every_variant():
+    checks = list(quantizer_checks("mine", Quantizer, HALVES))
+    assert failures(checks) == {}
+    claims = [check.claim for check in checks]
+    assert claims.count("experts") == claims.count("as it is: experts") == 1
+    assert "equal to what is stored" in claims
+    assert "stacked experts" in claims
+
+
+def test_products_that_are_not_those_of_what_is_stored_are_found():
+    said = failures(quantizer_checks("mine", Inexact, replace(HALVES, variants={})))
+    assert set(said) == {"equal to what is stored", "experts"}
+    assert "products differ" in said["equal to what is stored"]
+    assert "mixtures differ from those of what is stored" in said["experts"]
+
+
+def test_experts_that_are_kept_twice_are_found():
+    said = failures(quantizer_checks("mine", Inexact, replace(CASE, max_expert_bytes=2.1)))
+    assert "it keeps 4 bytes per weight; 2.1 promised" in said["experts"]
+
+
+def test_stacked_experts_in_another_order_are_found():
+    said = failures(quantizer_checks("mine", GatesFirst, HALVES))
+    assert set(said) == {"stacked experts"}
+
+
+def test_a_format_may_refuse_experts_unless_it_promises_how_small_they_are():
+    class Without(Quantizer):
+        def experts(self, *arguments):
+            raise ModelError("this format is none of experts")
+
+    assert failures(quantizer_checks("mine", Without, CASE)) == {}
+    [check] = [
+        check
+        for check in quantizer_checks("mine", Without, replace(CASE, max_expert_bytes=1.1))
+        if check.claim == "experts"
+    ]
+    with pytest.raises(ModelError, match="none of experts"):
+        check()
 
 
 class Fickle(FirstComeFirstServed):
