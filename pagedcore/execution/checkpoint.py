@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pagedcore.errors import ModelError
 from pagedcore.execution.safetensors_file import StoredTensor, read_header
-from pagedcore.execution.shard import Share
-from pagedcore.execution.weight_reader import WeightReader
+from pagedcore.execution.shard import Share, cut
+from pagedcore.execution.weight_reader import WeightReader, join_parts, parts_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,7 +46,7 @@ class Checkpoint:
         self.folder = folder
         self.config: Mapping[str, Any] = read_config(folder)
         self.stored: Mapping[str, StoredTensor] = find_tensors(folder)
-        self._wanted: dict[str, StoredTensor] = {}
+        self._wanted: dict[str, list[StoredTensor]] = {}
         self._missing: list[str] = []
         self._ignored: set[str] = set()
 
@@ -98,7 +98,8 @@ class Checkpoint:
 
         Reading is fastest in the order in which `shapes` was asked. Call `finish` at the end.
         """
-        return CheckpointTensors(self.stored, dtype, device, order=self._wanted.values())
+        order = [part for parts in self._wanted.values() for part in parts]
+        return CheckpointTensors(self.stored, dtype, device, order=order)
 
 
 class CheckpointShapes:
@@ -112,7 +113,7 @@ class CheckpointShapes:
         stored: Mapping[str, StoredTensor],
         dtype: torch.dtype,
         *,
-        wanted: dict[str, StoredTensor],
+        wanted: dict[str, list[StoredTensor]],
         missing: list[str],
         ignored: set[str],
     ) -> None:
@@ -143,12 +144,27 @@ class CheckpointShapes:
         if name in self._stored:
             tensor = self._stored[name]
             check_stored(name, tensor, shape, dtype, dim)
-            self._wanted[name] = tensor
+            self._wanted[name] = [tensor]
         else:
             self._missing.append(name)
             if len(self._missing) == _MOST_NAMED:
                 raise _lacking(self._missing)
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    def take_pieces(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dim: int,
+        pieces: Sequence[range],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """See `TakesPieces.take_pieces`."""
+        whole = self.take(name, shape, dtype=dtype, dim=dim)
+        if name in self._stored:
+            self._wanted[name] = parts_of(self._stored[name], dim, pieces)
+        return cut(whole, dim, pieces)
 
     def divide(self, layer: str, share: Share | None) -> None:
         """See `Weights.divide`: a single rank has everything."""
@@ -191,13 +207,35 @@ class CheckpointTensors:
         dim: int | None = None,
     ) -> Tensor:
         """See `Weights.take`."""
-        dtype = dtype or self.dtype
+        stored = self._find(name, shape, dtype, dim)
+        return self._watch(name, self._reader.read(stored).to(dtype or self.dtype))
+
+    def take_pieces(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dim: int,
+        pieces: Sequence[range],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """See `TakesPieces.take_pieces`: only pieces of the first dimension lie together."""
+        stored = self._find(name, shape, dtype, dim)
+        read = [self._reader.read(part) for part in parts_of(stored, dim, pieces)]
+        tensor = cut(read[0], dim, pieces) if dim else join_parts(read)
+        return self._watch(name, tensor.to(dtype or self.dtype))
+
+    def _find(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype | None, dim: int | None
+    ) -> StoredTensor:
         if name not in self._stored:
             raise _lacking([name])
-        stored = self._stored[name]
-        check_stored(name, stored, shape, dtype, dim)
-        tensor = self._reader.read(stored).to(dtype)
-        if dtype in FLOATS.values() and tensor.numel():
+        check_stored(name, self._stored[name], shape, dtype or self.dtype, dim)
+        return self._stored[name]
+
+    def _watch(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, whose numbers `finish` looks at."""
+        if tensor.dtype in FLOATS.values() and tensor.numel():
             self._extremes[name] = torch.aminmax(tensor)  # one NaN makes both NaN
         return tensor
 

@@ -18,7 +18,7 @@ from pagedcore.execution.model import Model, ModelBuild, Weights
 from pagedcore.execution.ops import Ops
 from pagedcore.execution.quantized import Activations
 from pagedcore.execution.quantizer import ExpertsMethod, LinearMethod, Quantizer
-from pagedcore.execution.shard import Collective, Shard, Share
+from pagedcore.execution.shard import Collective, Shard, Share, cut
 from pagedcore.execution.stacked_experts import stacked_experts
 
 
@@ -130,18 +130,6 @@ class DividedWeights:
                 return name
             name = name.rpartition(".")[0]
         return None
-
-
-def cut(whole: Tensor, dim: int, pieces: Sequence[range]) -> Tensor:
-    """The pieces of one dimension, behind each other, contiguous and of their own."""
-    shape = list(whole.shape)
-    shape[dim] = sum(map(len, pieces))
-    out = whole.new_empty(shape)
-    at = 0
-    for piece in () if whole.is_meta else pieces:
-        out.narrow(dim, at, len(piece)).copy_(whole.narrow(dim, piece.start, len(piece)))
-        at += len(piece)
-    return out
 
 
 class SummedLinear:

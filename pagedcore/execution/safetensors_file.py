@@ -57,6 +57,17 @@ class StoredTensor:
 
     num_bytes: int
 
+    def rows(self, piece: range) -> "StoredTensor":
+        """Some numbers of the first dimension, which lie together."""
+        each = self.num_bytes // self.shape[0]
+        return StoredTensor(
+            self.path,
+            self.dtype,
+            (len(piece), *self.shape[1:]),
+            self.offset + piece.start * each,
+            len(piece) * each,
+        )
+
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     dtype: str

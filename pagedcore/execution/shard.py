@@ -166,6 +166,18 @@ class Shard:
         )
 
 
+def cut(whole: Tensor, dim: int, pieces: Sequence[range]) -> Tensor:
+    """The pieces of one dimension, behind each other, contiguous and of their own."""
+    shape = list(whole.shape)
+    shape[dim] = sum(map(len, pieces))
+    out = whole.new_empty(shape)
+    at = 0
+    for piece in () if whole.is_meta else pieces:
+        out.narrow(dim, at, len(piece)).copy_(whole.narrow(dim, piece.start, len(piece)))
+        at += len(piece)
+    return out
+
+
 def _one_of(counts: Iterable[int]) -> str:
     """Such as "one of 1, 2, 4"."""
     found = list(counts)

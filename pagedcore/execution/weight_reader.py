@@ -7,7 +7,7 @@ threads fill those ahead, in the order that is known, while earlier ones travel 
 
 import os
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -126,6 +126,18 @@ class WeightReader:
                 buffer.copied.synchronize()
             job = self._fill(piece, buffer.memory[: piece.end - piece.begin])
             self._filling.append((piece, buffer, job))
+
+
+def parts_of(tensor: StoredTensor, dim: int, pieces: Sequence[range]) -> list[StoredTensor]:
+    """What must be read for pieces of a dimension: them alone, if it is the first."""
+    return [tensor] if dim else [tensor.rows(piece) for piece in pieces]
+
+
+def join_parts(parts: Sequence[Tensor]) -> Tensor:
+    """What was read below each other, as bytes: not every device joins every type."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
 
 
 def _split(tensor: StoredTensor) -> Iterator[_Piece]:
