@@ -9,6 +9,7 @@ room for adapters. All adapters have the same random numbers, in memory of their
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -116,6 +117,8 @@ def main() -> None:
     measure("no room", engine, [None])
     engine.shutdown()
     del engine
+    gc.collect()
+    torch.cuda.empty_cache()  # the weights were still held when `shutdown` did so
     room = {
         "enable_lora": True,
         "max_loras": args.batch,

@@ -1,11 +1,13 @@
 """Adapters (LoRA): first A x of every token, then B (A x) added to what the layer gave.
 
-    T tokens   L slots   R largest rank, padded   P parts of a layer   K inputs   M tokens at a time
+    T tokens   L slots   R largest rank, padded   P parts of a layer   K inputs   N outputs
 
-A program takes M neighbouring tokens and the adapters that these have, one after the other, each
-for the tokens that have it. Where every token is a sequence of its own, M is 1: adapters differ
-from token to token, and reading them is all the traffic. Tokens of longer runs share theirs, so
-that M is as large as pays. Nothing is sorted, and nothing is read on the host.
+Where every token is a sequence of its own, adapters differ from token to token, and reading them is
+all the traffic: 2 * R * (P * K + N) bytes each. A program takes one token and a piece of its
+adapter that its registers hold, so that all of the piece is under way at once. Tokens of longer
+runs share adapters: there a program takes neighbouring tokens and the adapters that these have, one
+after the other, each for the tokens that have it. Nothing is sorted, and nothing is read on the
+host.
 """
 
 import torch
@@ -14,15 +16,99 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedcore.execution.lora_ops import AdapterStep, LoraWeights
-
-_ROWS = tl.constexpr(16)
-"""Rows that tensor cores multiply at least."""
+from pagedcore_kernels.dependent import can_depend, wait_for_predecessors
 
 _RUN = 64
 """Tokens at a time of longer runs."""
 
+_PIECE = 16384
+"""Elements of an adapter that a program of a single token holds."""
+
 _FEWEST_INPUTS = 1024
 """Of a part of the inputs: shorter ones take longer to add up than they gain."""
+
+_MOST_PARTS = 16
+
+
+@triton.jit
+def _part_of(tile, widths, P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First output of a tile, the end of the part that it is of, and which part that is."""
+    begin, stop, part, at = 0, 0, 0, 0
+    for p in tl.static_range(P):
+        width = tl.load(widths + p)
+        count = tl.cdiv(width, BLOCK_N)
+        here = (tile >= 0) & (tile < count)
+        begin = tl.where(here, at + tile * BLOCK_N, begin)
+        stop = tl.where(here, at + width, stop)
+        part = tl.where(here, p, part)
+        tile -= count
+        at += width
+    return begin, stop, part
+
+
+@triton.jit
+def _shrink_single(
+    x, a, inner, slots, present, x_stride, num_tokens,
+    K: tl.constexpr, PR: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """A x of one token: inner [PARTS, T, PR] float32, each part of some inputs.
+
+    x [T, K] has rows `x_stride` apart; a [L, PR, K]; slots [T] int32, negative for none; present
+    [L, P] int32. Where an adapter has none of this part of the layer, nothing is written.
+    """
+    token, part = tl.program_id(0), tl.program_id(2)
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    blocks: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K)
+    wait_for_predecessors(DEPENDENT)
+    slot = tl.load(slots + token)
+    if slot < 0:
+        return
+    if tl.load(present + slot * (PR // R) + tl.program_id(1) * BLOCK_R // R) == 0:
+        return
+    matrix = a + slot.to(tl.int64) * PR * K + rows[:, None] * K
+    source = x + token.to(tl.int64) * x_stride
+    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for block in tl.static_range(blocks):
+        columns = (part * blocks + block) * BLOCK_K + tl.arange(0, BLOCK_K)
+        weight = tl.load(matrix + columns[None, :], columns[None, :] < K, 0)
+        value = tl.load(source + columns, columns < K, 0)
+        total += weight.to(tl.float32) * value.to(tl.float32)[None, :]
+    tl.store(inner + (part * num_tokens + token).to(tl.int64) * PR + rows, tl.sum(total, 1))
+
+
+@triton.jit
+def _expand_single(
+    y, b, inner, slots, present, widths, y_stride, num_tokens, num_outputs,
+    R: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Add B times the sum of `inner` to BLOCK_N outputs of one token, all of one part.
+
+    As in `_expand`.
+    """
+    token = tl.program_id(0)
+    begin, stop, part = _part_of(tl.program_id(1), widths, P, BLOCK_N)
+    outputs = begin + tl.arange(0, BLOCK_N)
+    valid = outputs < stop
+    wait_for_predecessors(DEPENDENT)
+    slot = tl.load(slots + token)
+    if slot < 0:
+        return
+    if tl.load(present + slot * P + part) == 0:
+        return
+    place = y + token.to(tl.int64) * y_stride + outputs
+    result = tl.load(place, valid, 0).to(tl.float32)
+    matrix = b + (slot.to(tl.int64) * num_outputs + outputs[:, None]) * R
+    for r in tl.static_range(0, R, BLOCK_R):
+        ranks = r + tl.arange(0, BLOCK_R)
+        weight = tl.load(matrix + ranks[None, :], valid[:, None], 0)
+        held = tl.zeros((BLOCK_R,), tl.float32)
+        for k in tl.static_range(PARTS):
+            row = (k * num_tokens + token).to(tl.int64) * (P * R)
+            held += tl.load(inner + row + part * R + ranks)
+        result += tl.sum(weight.to(tl.float32) * held[None, :], 1)
+    tl.store(place, result.to(y.dtype.element_ty), valid)
 
 
 @triton.jit
@@ -35,18 +121,17 @@ def _slots_with(slots, inside, present, P: tl.constexpr, part):
 
 @triton.jit
 def _shrink(
-    x, a, inner, slots, present, first, end, x_stride, num_tokens,
-    K: tl.constexpr, PR: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr,
+    x, a, inner, slots, present, first, x_stride, num_tokens,
+    K: tl.constexpr, PR: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A x of tokens first .. end - 1: inner [PARTS, T, PR] float32, each part of some inputs.
+    """A x of tokens from `first` on: inner [PARTS, T, PR] float32, each part of some inputs.
 
     x [T, K] has rows `x_stride` apart; a [L, PR, K]; slots [T] int32, negative for none; present
     [L, P] int32.
     """
-    offsets = tl.arange(0, BLOCK_M)
-    tokens = first + tl.program_id(0) * M + offsets
-    inside = (offsets < M) & (tokens < end)
+    tokens = first + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = tokens < num_tokens
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(2)
     blocks: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K)
@@ -75,8 +160,8 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    y, b, inner, slots, present, widths, first, end, y_stride, num_tokens, num_outputs,
-    R: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
+    y, b, inner, slots, present, widths, first, y_stride, num_tokens, num_outputs,
+    R: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add B times the sum of `inner` to y [T, N], whose rows are `y_stride` apart.
@@ -84,22 +169,11 @@ def _expand(
     b [L, N, R]; widths [P] int32 are the outputs of the layer's parts. A program has BLOCK_N
     outputs of one part.
     """
-    tile = tl.program_id(1)
-    begin, stop, part, at = 0, 0, 0, 0
-    for p in tl.static_range(P):
-        width = tl.load(widths + p)
-        count = tl.cdiv(width, BLOCK_N)
-        here = (tile >= 0) & (tile < count)
-        begin = tl.where(here, at + tile * BLOCK_N, begin)
-        stop = tl.where(here, at + width, stop)
-        part = tl.where(here, p, part)
-        tile -= count
-        at += width
+    begin, stop, part = _part_of(tl.program_id(1), widths, P, BLOCK_N)
     outputs = begin + tl.arange(0, BLOCK_N)
     valid = outputs < stop
-    offsets = tl.arange(0, BLOCK_M)
-    tokens = first + tl.program_id(0) * M + offsets
-    inside = (offsets < M) & (tokens < end)
+    tokens = first + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = tokens < num_tokens
     left = _slots_with(slots + tokens, inside, present, P, part)
     adapted = left >= 0
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -134,45 +208,57 @@ def add_lora(
     """See `LoraOps.add_lora`. Rows of y and x may lie apart; their elements do not."""
     num_tokens, num_single = len(x), step.num_single
     if num_single:
-        _add(y, x, weights, step.slots, 0, num_single, 1, num_sms)
+        _add_single(y, x, weights, step.slots, num_single)
     if num_single < num_tokens:
-        _add(y, x, weights, step.slots, num_single, num_tokens, _RUN, num_sms)
+        _add_runs(y, x, weights, step.slots, num_single, num_sms)
 
 
-def _add(
-    y: Tensor,
-    x: Tensor,
-    weights: LoraWeights,
-    slots: Tensor,
-    first: int,
-    end: int,
-    tokens_at_a_time: int,
-    num_sms: int,
+def _add_single(y: Tensor, x: Tensor, weights: LoraWeights, slots: Tensor, num_single: int) -> None:
+    """Add the adapters of the first tokens, each of a sequence of its own."""
+    rank, num_inner, num_inputs = weights.rank, weights.a.shape[1], x.shape[1]
+    block_r = _power_of_two_in(rank, 16)
+    block_k = min(_PIECE // block_r, triton.next_power_of_2(num_inputs))
+    parts = min(triton.cdiv(num_inputs, block_k), _MOST_PARTS)
+    inner = torch.empty((parts, num_single, num_inner), dtype=torch.float32, device=x.device)
+    dependent = can_depend(x.device)
+    _shrink_single[num_single, num_inner // block_r, parts](
+        x, weights.a, inner, slots, weights.present, x.stride(0), num_single,
+        K=num_inputs, PR=num_inner, R=rank, PARTS=parts, BLOCK_R=block_r, BLOCK_K=block_k,
+        DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
+    )  # fmt: skip
+    ranks_at_once = _power_of_two_in(rank, 64)
+    block_n = _PIECE // 2 // ranks_at_once
+    tiles = sum(triton.cdiv(width, block_n) for width in weights.widths)
+    _expand_single[num_single, tiles](
+        y, weights.b, inner, slots, weights.present, weights.part_widths, y.stride(0),
+        num_single, sum(weights.widths), R=rank, P=len(weights.widths), PARTS=parts,
+        BLOCK_N=block_n, BLOCK_R=ranks_at_once, DEPENDENT=dependent, num_warps=4,
+        launch_pdl=dependent,
+    )  # fmt: skip
+
+
+def _add_runs(
+    y: Tensor, x: Tensor, weights: LoraWeights, slots: Tensor, first: int, num_sms: int
 ) -> None:
-    """Add the adapters of tokens first .. end - 1."""
-    num_tokens, rank, num_inner = len(x), weights.rank, weights.a.shape[1]
-    num_inputs = x.shape[1]
-    block_m = max(int(_ROWS.value), tokens_at_a_time)
-    is_single = tokens_at_a_time == 1
-    block_r = _power_of_two_in(rank, 16 if is_single else 64)
-    block_n, block_k = (256, 256) if is_single else (64, 64)
-    groups = triton.cdiv(end - first, tokens_at_a_time)
+    """Add the adapters of all tokens from `first` on."""
+    (num_tokens, num_inputs), rank, num_inner = x.shape, weights.rank, weights.a.shape[1]
+    block_r = _power_of_two_in(rank, 64)
+    groups = triton.cdiv(num_tokens - first, _RUN)
     wanted = triton.cdiv(2 * num_sms, groups * (num_inner // block_r))
     parts = max(1, min(wanted, num_inputs // _FEWEST_INPUTS, 8))
     inner = torch.empty((parts, num_tokens, num_inner), dtype=torch.float32, device=x.device)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     _shrink[groups, num_inner // block_r, parts](
-        x, weights.a, inner, slots, weights.present, first, end, x.stride(0), num_tokens,
-        K=num_inputs, PR=num_inner, R=rank, PARTS=parts, M=tokens_at_a_time, BLOCK_M=block_m,
-        BLOCK_R=block_r, BLOCK_K=block_k, PRECISION=precision, num_warps=4,
-        num_stages=4 if is_single else 3,
+        x, weights.a, inner, slots, weights.present, first, x.stride(0), num_tokens,
+        K=num_inputs, PR=num_inner, R=rank, PARTS=parts, BLOCK_M=_RUN, BLOCK_R=block_r,
+        BLOCK_K=64, PRECISION=precision, num_warps=4, num_stages=3,
     )  # fmt: skip
+    block_n = 64
     tiles = sum(triton.cdiv(width, block_n) for width in weights.widths)
     _expand[groups, tiles](
-        y, weights.b, inner, slots, weights.present, weights.part_widths, first, end, y.stride(0),
+        y, weights.b, inner, slots, weights.present, weights.part_widths, first, y.stride(0),
         num_tokens, sum(weights.widths), R=rank, P=len(weights.widths), PARTS=parts,
-        M=tokens_at_a_time, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r,
-        PRECISION=precision, num_warps=4,
+        BLOCK_M=_RUN, BLOCK_N=block_n, BLOCK_R=block_r, PRECISION=precision, num_warps=4,
     )  # fmt: skip
 
 
