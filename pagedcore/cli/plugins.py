@@ -8,8 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pagedcore.cli.installed import describe, examine, installed, offers, origin
-from pagedcore.errors import UnknownNameError
-from pagedcore.testing.plugin_checks import INTERPRETED, plugin_checks
+from pagedcore.testing.plugin_checks import INTERPRETED, find_plugin, plugin_checks
 
 app = App(name="plugins", help="Look at what is installed.")
 
@@ -46,19 +45,17 @@ def check(name: str, *, backend: tuple[str, ...] = ("torch",), serve: bool = Fal
     Parameters
     ----------
     name
-        The plugin, as `pagedcore plugins list` shows it.
+        The plugin, as `pagedcore plugins list` shows it, or its distribution.
     backend
         Where its models run. `triton` runs in Triton's interpreter.
     serve
         Start the servers that it offers, too.
     """
-    entries = {entry.name: entry for entry in installed()}
-    if name not in entries:
-        raise UnknownNameError("plugin", name, entries)
+    entry = find_plugin(installed(), name)
     if INTERPRETED in backend:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     try:
-        checks = list(plugin_checks(name, entries[name].load(), backends=backend, serves=serve))
+        checks = list(plugin_checks(entry.name, entry.load(), backends=backend, serves=serve))
     except Exception as error:
         _say("failed", f"{name} does not load: {describe(error)}")
         return 1

@@ -4,8 +4,9 @@ What can only be made beside a model, such as a server's process, is checked for
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 from pagedcore.errors import ConfigError, PluginError, UnknownNameError
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
 
 INTERPRETED = "triton"
 """The backend that runs on a CPU in Triton's interpreter, if TRITON_INTERPRET is set in time."""
+
+
+def find_plugin(entries: Iterable[EntryPoint], name: str) -> EntryPoint:
+    """The installed plugin of this name, or the only one of a distribution of this name.
+
+    Raises UnknownNameError, with the nearest name.
+    """
+    by_name = {entry.name: entry for entry in entries}
+    if name in by_name:
+        return by_name[name]
+    of_it = [entry for entry in by_name.values() if entry.dist and entry.dist.name == name]
+    if len(of_it) != 1:
+        raise UnknownNameError("plugin", name, by_name)
+    return of_it[0]
 
 
 def plugin_checks(

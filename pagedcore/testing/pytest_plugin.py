@@ -16,7 +16,7 @@ import pytest
 
 from pagedcore.errors import UnknownNameError
 from pagedcore.plugins import GROUP
-from pagedcore.testing.plugin_checks import INTERPRETED, plugin_checks
+from pagedcore.testing.plugin_checks import INTERPRETED, find_plugin, plugin_checks
 
 MARK = "pagedcore_plugin"
 FIXTURE = "pagedcore_check"
@@ -38,8 +38,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     (name,) = mark.args
     if INTERPRETED in mark.kwargs.get("backends", ()):
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
-    installed = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in installed:
-        raise pytest.UsageError(str(UnknownNameError("plugin", name, installed)))
-    checks = list(plugin_checks(name, installed[name].load(), **mark.kwargs))
+    try:
+        entry = find_plugin(entry_points(group=GROUP), name)
+    except UnknownNameError as error:
+        raise pytest.UsageError(str(error)) from None
+    checks = list(plugin_checks(entry.name, entry.load(), **mark.kwargs))
     metafunc.parametrize(FIXTURE, checks, ids=str)

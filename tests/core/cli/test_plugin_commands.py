@@ -98,8 +98,9 @@ def test_doctor_finds_two_that_offer_the_same_name(installed, capsys):
 
 def test_a_plugin_that_keeps_its_contract_passes(installed, capsys):
     installed(good=Good)
-    assert main(["plugins", "test", "good"]) == 0
-    assert "server fine" in capsys.readouterr().out
+    for name in ("good", "dist-good"):
+        assert main(["plugins", "test", name]) == 0
+        assert "server fine" in capsys.readouterr().out
 
 
 def test_what_breaks_the_contract_is_named(installed, capsys):
