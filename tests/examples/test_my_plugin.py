@@ -71,6 +71,7 @@ def test_the_plugin_passes_the_model_kit(installed):
     said = installed.pagedcore("plugins", "test", "my-plugin")
     for dtype in ("float32", "bfloat16"):
         assert f"ok      model ParallelForCausalLM: {dtype}, torch: within" in said
+    assert "ok      model ParallelForCausalLM: shards = whole: within" in said
     assert "failed: 0" in said
 
 
@@ -84,4 +85,4 @@ def test_pytest_runs_its_checks_as_cases_of_a_test(installed, tmp_path):
     (tmp_path / "test_it.py").write_text(PROMISES)
     options = ["-q", "-p", "no:cacheprovider", "--strict-markers", "-c", "/dev/null"]
     said = installed.run("-m", "pytest", *options, "--rootdir", str(tmp_path), str(tmp_path))
-    assert "4 passed" in said
+    assert "5 passed" in said
