@@ -11,7 +11,7 @@ from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.torch_ops import TorchOps
 from pagedcore.testing.paged_model import PagedModel
 from pagedcore.testing.tiny_models import save_tiny_model
-from pagedcore.testing.written_blocks import WRITTEN_BLOCKS
+from pagedcore.testing.written_blocks import GGUF_KINDS, gguf_matrix
 from pagedcore.testing.written_formats import WRITTEN
 from pagedcore_models.cases import CASES
 from pagedcore_models.gpt_oss import GptOssForCausalLM
@@ -151,16 +151,16 @@ def test_activations_that_are_rounded_otherwise_are_refused(rows, words, tmp_pat
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("kind", WRITTEN_BLOCKS)
+@pytest.mark.parametrize("kind", GGUF_KINDS)
 def test_a_type_of_blocks_that_a_layer_does_not_have_is_refused(kind, tmp_path):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    blocks = torch.from_numpy(WRITTEN_BLOCKS[kind].write(weight.numpy()))
+    blocks, _ = gguf_matrix(kind, weight)
     (tmp_path / "config.json").write_text('{"dtype": "float32"}', encoding="utf-8")
     save_file({f"{LAYER}.weight": blocks}, tmp_path / "model.safetensors")
-    for other in WRITTEN_BLOCKS:
+    for other in GGUF_KINDS:
         settings = {"quant_method": "gguf", "types": {LAYER: other}}
         weights = Checkpoint(tmp_path).shapes(torch.float32)
-        if WRITTEN_BLOCKS[other].write(weight.numpy()[:1]).shape[1] == blocks.shape[1]:
+        if gguf_matrix(other, weight)[0].shape == blocks.shape:
             build(weights, settings, columns=256)
             continue
         with pytest.raises(ModelError, match=r"down_proj.weight' must have the shape"):
