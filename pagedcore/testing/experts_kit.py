@@ -99,13 +99,13 @@ def check_experts(factory: "Factory", drawn: _Drawn) -> str:
                 raise
             return f"refused: {error!s:.80}"
         exact = drawn.experts(lambda matrix: matrix)
-        error = _error(method, exact, ops, dtype)
-        if not error <= FACTOR * case.max_error:
+        off = _error(method, exact, ops, dtype)
+        if not off <= FACTOR * case.max_error:
             raise PluginError(
-                f"in {dtype} the error is {error:.3g}; {FACTOR} times {case.max_error:.3g}, that "
+                f"in {dtype} the error is {off:.3g}; {FACTOR} times {case.max_error:.3g}, that "
                 "of a product, was promised"
             )
-        remarks.append(f"{error:.2g}")
+        remarks.append(f"{off:.2g}")
         if dtype == torch.float32 and case.stands_for is not None and not case.rounds_inputs:
             _expect_equal(method, drawn.experts(case.stands_for), ops)
     per_weight = bytes_kept(method, ops) / (3 * NUM_EXPERTS * H * WIDTH)
