@@ -1,5 +1,7 @@
 """What a rank has of a model: heads, widths, a vocabulary, in whatever pieces they are stored."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,11 +9,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pagedcore.errors import ConfigError, ModelError
+from pagedcore.execution.adapter_store import build_adapted
 from pagedcore.execution.checkpoint import Checkpoint
 from pagedcore.execution.divided import DividedWeights, divided
 from pagedcore.execution.random_weights import RandomWeights
 from pagedcore.execution.renamed_weights import RenamedWeights
 from pagedcore.execution.shard import Shard, Share
+from pagedcore.lora_config import LoraConfig
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -153,3 +157,9 @@ class TestWeights:
         weights.divide("a", Shard(0, 2).even("x", 12))
         with pytest.raises(ModelError, match=r"'a\.weight' .* takes it whole: .* must be 1"):
             weights.take("a.weight", (12, 8))
+
+
+def test_adapters_are_for_a_single_rank():
+    build = SimpleNamespace(shard=Shard(0, 2))
+    with pytest.raises(ConfigError, match="enable_lora needs a tensor_parallel_size of 1"):
+        build_adapted(object, build, LoraConfig(), is_decoder=True)
