@@ -34,6 +34,7 @@ from pagedcore_kernels import (
     expert_routing,
     lora,
     norms,
+    packed_experts,
     rope_cache,
 )
 from pagedcore_kernels import moe as mixtures
@@ -255,9 +256,15 @@ class TritonOps(LinearOps, LatentOps):
         """See `Ops.route`."""
         return expert_routing.route(router_logits, routing, bias)
 
+    def pack_experts(self, experts: Experts, dtype: torch.dtype) -> Experts:
+        """See `Ops.pack_experts`."""
+        return packed_experts.pack_experts(experts, dtype)
+
     @with_fallback
     def moe(self, x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
         """See `Ops.moe`."""
+        if isinstance(experts, packed_experts.PackedExperts):
+            return packed_experts.moe(x, weights, chosen, experts)
         return mixtures.moe(x, weights, chosen, experts)
 
     @with_fallback

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from pagedcore.execution.expert_ops import Experts
 from pagedcore.execution.kv_formats import as_is
 from pagedcore.execution.ops import LayerCache, Ops, QKNorm, RopeTable, StepBatch
 from pagedcore.execution.quantized import Grouped
+from pagedcore.execution.torch_experts import OneExpert
 from pagedcore.execution.torch_ops import TorchOps
+from pagedcore_kernels.packed_experts import PackedExperts, unpack_expert
 from pagedcore_kernels.packed_layout import Packed, unpack
 
 logger = logging.getLogger(__name__)
@@ -119,6 +122,12 @@ class PlainOps(TorchOps):
         if isinstance(weight, Packed):
             weight = unpack(weight)
         return super().grouped_linear(x, weight, bias)
+
+    def one_expert(self, experts: Experts, e: int, dtype: torch.dtype) -> OneExpert:
+        """See `TorchExpertOps.one_expert`."""
+        if isinstance(experts, PackedExperts):
+            return unpack_expert(experts, e, dtype)
+        return super().one_expert(experts, e, dtype)
 
     def attention(
         self,

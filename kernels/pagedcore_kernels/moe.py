@@ -18,9 +18,7 @@ An *assignment* is one token at one of its experts: A = T * C of them, number t 
                              (biases are added to the products; `Clamp` is another activation)
     combine    (T, h/BN)     out[t] = sum of part[t * C ...], in order, in float32
 
-A tile is BM assignments of one expert. The number of tiles is known to the device only; the grid
-is its upper bound A / BM + E, and a program beyond the last tile returns. Each program finds its
-expert by a running sum over the E counts, so no list of tiles is ever written.
+A tile is BM assignments of one expert; see `expert_tiles`, which has the first and last of them.
 
 Traffic: every touched expert's 3 * F * h weights once per tile of it, the activations A times. In
 decode the weights are all of it: at 32 tokens and 8 of 128 experts, 87 % of the layer's experts are
@@ -33,42 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedcore.execution.expert_ops import Experts
-
-
-@triton.jit
-def _order(experts, order, starts, counts, num_assignments, BLOCK: tl.constexpr):
-    mine = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    before = 0
-    count = 0
-    for base in range(0, num_assignments, BLOCK):
-        e = tl.load(experts + base + i, base + i < num_assignments, 1 << 30)
-        before += tl.sum((e < mine).to(tl.int32))
-        count += tl.sum((e == mine).to(tl.int32))
-    tl.store(starts + mine, before)
-    tl.store(counts + mine, count)
-    if count > 0:
-        for base in range(0, num_assignments, BLOCK):
-            e = tl.load(experts + base + i, base + i < num_assignments, 1 << 30)
-            hit = (e == mine).to(tl.int32)
-            rank = tl.cumsum(hit, 0) - 1
-            tl.store(order + before + rank, base + i, hit == 1)
-            before += tl.sum(hit)
-
-
-@triton.jit
-def _find_tile(tile, starts, counts, num_experts, BM: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Expert of a tile, its first assignment in `order`, and how many it has; none beyond."""
-    e = tl.arange(0, BLOCK_E)
-    count = tl.load(counts + e, e < num_experts, 0)
-    tiles = (count + BM - 1) // BM
-    end = tl.cumsum(tiles, 0)
-    expert = tl.sum((end <= tile).to(tl.int32))
-    here = e == expert
-    skipped = (tile - tl.sum(tl.where(here, end - tiles, 0))) * BM
-    left = tl.sum(tl.where(here, count, 0)) - skipped
-    first = tl.load(starts + expert, expert < num_experts, 0) + skipped
-    return expert, first, tl.where(expert < num_experts, left, 0)
+from pagedcore_kernels.expert_tiles import combine, find_tile, sort_assignments
 
 
 @triton.jit
@@ -96,7 +59,7 @@ def _gate_up(
 ):
     num_n = tl.cdiv(F, BN)
     pid = tl.program_id(0)
-    expert, first, left = _find_tile(pid // num_n, starts, counts, num_experts, BM, BLOCK_E)
+    expert, first, left = find_tile(pid // num_n, starts, counts, num_experts, BM, BLOCK_E)
     if left > 0:
         m = tl.arange(0, BM)
         a = tl.load(order + first + m, m < left, 0).to(tl.int64)
@@ -149,7 +112,7 @@ def _down(
 ):
     num_n = tl.cdiv(H, BN)
     pid = tl.program_id(0)
-    expert, first, left = _find_tile(pid // num_n, starts, counts, num_experts, BM, BLOCK_E)
+    expert, first, left = find_tile(pid // num_n, starts, counts, num_experts, BM, BLOCK_E)
     if left > 0:
         m = tl.arange(0, BM)
         a = tl.load(order + first + m, m < left, 0).to(tl.int64)
@@ -169,16 +132,6 @@ def _down(
         tl.store(part + a[:, None] * H + n[None, :], total, (m < left)[:, None] & (n < H)[None, :])
 
 
-@triton.jit
-def _combine(part, out, H, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for c in tl.static_range(CHOSEN):
-        total += tl.load(part + (t * CHOSEN + c) * H + n, n < H, 0.0).to(tl.float32)
-    tl.store(out + t * H + n, total, n < H)
-
-
 def _tiling(num_assignments: int, num_experts: int) -> tuple[int, int, int, int, int]:
     """BM, BN, BK, warps and stages: small tiles while experts see few tokens each."""
     per_expert = num_assignments / num_experts
@@ -193,21 +146,17 @@ def _tiling(num_assignments: int, num_experts: int) -> tuple[int, int, int, int,
 
 def moe(x: Tensor, weights: Tensor, chosen: Tensor, mixture: Experts) -> Tensor:
     """Mix the chosen experts of each token; see the head of this file for the shapes."""
-    (num_tokens, h), num_chosen = x.shape, chosen.shape[1]
-    num_experts, f = mixture.down.shape[0], mixture.down.shape[2]
-    device = x.device
-    total = num_tokens * num_chosen
-    assert chosen.dtype == torch.int32 and chosen.is_contiguous() and weights.is_contiguous()
-    order = torch.empty(total, dtype=torch.int32, device=device)
-    starts = torch.empty(num_experts, dtype=torch.int32, device=device)
-    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    num_chosen, device = chosen.shape[1], x.device
+    num_experts, h, f = mixture.shape
+    total = len(x) * num_chosen
+    assert weights.is_contiguous()
+    sorted_by = sort_assignments(chosen, num_experts)
+    order, starts, counts = sorted_by.order, sorted_by.starts, sorted_by.counts
     act = torch.empty(total, f, dtype=x.dtype, device=device)
     part = torch.empty(total, h, dtype=x.dtype, device=device)
     out = torch.empty_like(x)
-    block = min(4096, max(128, triton.next_power_of_2(total)))
-    _order[(num_experts,)](chosen, order, starts, counts, total, BLOCK=block, num_warps=4)
     bm, bn, bk, warps, stages = _tiling(total, num_experts)
-    tiles = total // bm + min(num_experts, total)
+    tiles = sorted_by.most_tiles(bm)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     block_e = triton.next_power_of_2(num_experts)
     shared = dict(BM=bm, BN=bn, BK=bk, BLOCK_E=block_e, PRECISION=precision)
@@ -248,8 +197,5 @@ def moe(x: Tensor, weights: Tensor, chosen: Tensor, mixture: Experts) -> Tensor:
         num_warps=warps,
         num_stages=stages,
     )
-    block = min(1024, triton.next_power_of_2(h))
-    _combine[(num_tokens, triton.cdiv(h, block))](
-        part, out, h, CHOSEN=num_chosen, BLOCK=block, num_warps=4
-    )
+    combine(part, out, num_chosen)
     return out

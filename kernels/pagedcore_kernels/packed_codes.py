@@ -23,8 +23,14 @@ ONE = {"bf16": 0x3F80, "f16": 0x3C00}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The numbers of float4, as MXFP4 has them."""
 
+FLOAT8 = "float8"
+"""In the place of a table: codes are those of float8 (e4m3), none of them NaN."""
 
-def assembly(bits: int, dtype: str, zero: int | None, table: tuple[float, ...] | None) -> str:
+Table = tuple[float, ...] | str | None
+"""What codes of 4 bits stand for, FLOAT8, or themselves."""
+
+
+def assembly(bits: int, dtype: str, zero: int | None, table: Table) -> str:
     """PTX that unpacks one register: for x of dtype bf16 or f16; "" where there is none.
 
     Operands are the four results, then the words ($4, and $5 with 8 bits), then the zeros where
@@ -34,7 +40,10 @@ def assembly(bits: int, dtype: str, zero: int | None, table: tuple[float, ...] |
         return ""
     if table == E2M1:
         return _float4(dtype)
+    if table == FLOAT8:
+        return _float8(dtype)
     if table is not None:
+        assert not isinstance(table, str)
         return _looked_up(dtype, table)
     return _nibbles(dtype, zero) if bits == 4 else _bytes(dtype, zero)
 
@@ -132,6 +141,23 @@ def _float4(dtype: str) -> str:
     return "{" + "\n".join(lines) + "}"
 
 
+def _float8(dtype: str) -> str:
+    """As float4, with four bits of exponent and three of fraction."""
+    last = {"bf16": 4, "f16": 7}[dtype]
+    large = _twice(_half(2.0**120 if dtype == "bf16" else 2.0**8, dtype))
+    lines = [f".reg .b32 large, zero, sign, rest;\nmov.b32 large, {large};\nmov.b32 zero, 0;"]
+    for quarter in range(4):
+        word, shift = f"${4 + quarter // 2}", last - 8 * (quarter % 2)
+        lines += [
+            f"{'shl' if shift >= 0 else 'shr'}.b32 rest, {word}, {abs(shift)};",
+            f"shl.b32 sign, {word}, {8 - 8 * (quarter % 2)};",
+            f"and.b32 rest, rest, {_twice(127 << last)};",
+            "lop3.b32 rest, sign, 0x80008000, rest, 0xEA;",
+            f"fma.rn.{dtype}x2 ${quarter}, rest, large, zero;",
+        ]
+    return "{" + "\n".join(lines) + "}"
+
+
 def _looked_up(dtype: str, table: tuple[float, ...]) -> str:
     """Bytes of the table lie in eight registers, and permutations of bytes pick them by code."""
     halves = [_rounded(value, dtype) for value in table]
@@ -181,6 +207,9 @@ def _plain(code, zero, TABLE: tl.constexpr, DTYPE: tl.constexpr):
     """What codes stand for, before their scale."""
     if TABLE is None:
         value = (code.to(tl.int16) - zero).to(tl.float32)
+    elif TABLE == "float8":  # its exponent counts 2 ** -7, that of float32 counts 2 ** -127
+        bits = ((code & 127).to(tl.int32) << 20) | ((code & 128).to(tl.int32) << 24)
+        value = bits.to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0
     else:
         value = tl.zeros_like(code).to(tl.float32)
         for index in tl.static_range(16):

@@ -14,9 +14,15 @@ from pagedcore_kernels.parts import join_parts
 
 @triton.jit
 def scale_of(scales, output, stride, group, TYPE: tl.constexpr):
-    """Scales of outputs in a group, each [...], in float32."""
+    """Scales of outputs in a group, each [...], in float32; uint8 stands for powers of two."""
     if TYPE.is_fp32():
         scale = tl.load(scales + group * stride + output)
+    elif TYPE.is_uint8():
+        four = tl.load(scales + (group // 4) * stride + output)
+        exponent = (four >> (group % 4 * 8)) & 255
+        bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
+        bits = tl.where(exponent == 255, 0x7FC00000, bits)
+        scale = bits.to(tl.float32, bitcast=True)
     else:
         pair = tl.load(scales + (group // 2) * stride + output)
         half = (pair >> (group % 2 * 16)).to(tl.int16)
@@ -167,7 +173,9 @@ def packed_kernel(
         else:
             group = known * COUNT
         if ONCE and DEPENDENT:  # scales come behind the words, and the way is not to be waited for
-            PAIRED: tl.constexpr = 1 if SCALE_TYPE.is_fp32() else 2
+            PAIRED: tl.constexpr = (
+                1 if SCALE_TYPE.is_fp32() else 32 // SCALE_TYPE.primitive_bitwidth
+            )
             _touch(scales + (group // PAIRED) * padded_outputs + output_at)
         pairs = tl.load(source)
         more = tl.load(source + Q) if BITS == 8 else pairs

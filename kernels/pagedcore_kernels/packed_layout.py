@@ -4,7 +4,8 @@
     B blocks of 4 * Q inputs
 
     words     [N / 16, B, 16, W]    int16, W = Q for 4 bits and 2 * Q for 8; N and K are padded
-    scales    [G / 2, N] int32, of two 16-bit scales each, or [G, N] float32
+    scales    [G / 2, N] int32, of two 16-bit scales each, or [G, N] float32, or [G / 4, N] int32,
+              of the exponents of four powers of two each
     zeros     [G / 4, N] int32, of four bytes each
     minima    [G, N] float32
 
@@ -25,10 +26,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagedcore.execution.quantized import Grouped
+from pagedcore_kernels.packed_codes import FLOAT8, Table
 from pagedcore_kernels.packed_plans import best_quarter
 
 ROWS = 16
 """Outputs that lie together."""
+
+POWERS = torch.float8_e8m0fnu
+"""The type of scales that are powers of two."""
 
 _PIECE = 2**24
 """Codes that are laid out at a time."""
@@ -62,9 +67,14 @@ class Packed(Grouped):
         return self.size or self.num_inputs
 
     @property
+    def kind(self) -> Table:
+        """What codes stand for."""
+        return FLOAT8 if self.float8 else self.numbers
+
+    @property
     def start(self) -> int:
         """What every code counts from, where each group has no number of its own."""
-        return 0 if self.numbers or self.minimum is not None else 2 ** (self.bits - 1)
+        return 0 if self.kind or self.minimum is not None else 2 ** (self.bits - 1)
 
     @property
     def block_bytes(self) -> int:
@@ -105,7 +115,11 @@ def pack(weight: Grouped, quarter: int | None = None) -> Packed | None:
 
     def padded(values: Tensor) -> Tensor:
         missing = (0, num_groups - values.shape[1], 0, rows - num_outputs)
-        return functional.pad(values, missing) if any(missing) else values
+        if not any(missing):
+            return values
+        if values.dtype == POWERS:
+            return functional.pad(values.view(torch.uint8), missing).view(POWERS)
+        return functional.pad(values, missing)
 
     scale = padded(weight.scale.float() if is_whole else weight.scale)
     return Packed(
@@ -120,8 +134,9 @@ def pack(weight: Grouped, quarter: int | None = None) -> Packed | None:
         num_inputs=num_inputs,
         size=0 if is_whole else group,
         quarter=quarter,
-        scale_dtype=scale.dtype if scale.dtype in _SHORT else torch.float32,
+        scale_dtype=scale.dtype if scale.dtype in (*_SHORT, POWERS) else torch.float32,
         numbers=None if weight.table is None else tuple(weight.table.tolist()),
+        float8=weight.float8,
     )
 
 
@@ -149,6 +164,7 @@ def unpack(weight: Packed) -> Grouped:
         minimum=None if weight.minimum is None else restored(weight.minimum, torch.float32),
         table=weight.table,
         order=weight.order,
+        float8=weight.float8,
     )
 
 
@@ -182,7 +198,9 @@ def _pack_codes(weight: Grouped, quarter: int) -> Tensor:
 
 
 def _pack_scales(scale: Tensor) -> Tensor:
-    """[N, G] as words of two, or in float32."""
+    """[N, G] as words of two or four, or in float32."""
+    if scale.dtype == POWERS:
+        return _pack_zeros(scale.view(torch.uint8))
     if scale.dtype not in _SHORT:
         return scale.float().t().contiguous()
     return _words(functional.pad(scale, (0, scale.shape[1] % 2)))

@@ -128,7 +128,7 @@ def _multiply(
         EARLY=plan.early,
         PREFETCH=plan.prefetch,
         EVEN=num_inputs % (4 * weight.quarter) == 0 and span * parts * plan.slices == num_blocks,
-        ASSEMBLY=_assembly(x, weight),
+        ASSEMBLY=assembly_of(x, weight),
         COLUMNS=columns,
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
@@ -139,8 +139,9 @@ def _multiply(
     )
 
 
-def _assembly(x: Tensor, weight: Packed) -> str:
+def assembly_of(x: Tensor, weight: Packed) -> str:
+    """What unpacks a weight for rows of x's dtype; nothing in the interpreter."""
     if triton.knobs.runtime.interpret:
         return ""
     start = None if weight.zero is not None else weight.start
-    return assembly(weight.bits, _SHORT[x.dtype], start, weight.numbers)
+    return assembly(weight.bits, _SHORT[x.dtype], start, weight.kind)

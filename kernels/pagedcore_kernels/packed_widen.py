@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from pagedcore_kernels.packed_codes import unpack
 from pagedcore_kernels.packed_kernel import scale_of, zero_of
-from pagedcore_kernels.packed_layout import ROWS, Packed
+from pagedcore_kernels.packed_layout import POWERS, ROWS, Packed
 
 PIECE = 2**25
 """Weights that are widened at a time."""
@@ -30,7 +30,12 @@ ALIGNED_ROWS = 128
 WIDENED_ROWS = 64
 """Of a program."""
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    POWERS: tl.uint8,
+}
 
 
 @triton.jit
@@ -90,7 +95,7 @@ def format_of(weight: Packed) -> dict[str, Any]:
         "HAS_ZEROS": weight.zero is not None,
         "HAS_MINIMA": weight.minimum is not None,
         "START": weight.start,
-        "TABLE": weight.numbers,
+        "TABLE": weight.kind,
         "SCALE_TYPE": _TYPES[weight.scale_dtype],
     }
 

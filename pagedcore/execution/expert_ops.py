@@ -6,7 +6,10 @@ T tokens   E experts   C experts chosen per token   F expert width   h hidden si
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from pagedcore.execution.quantized import Grouped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +52,17 @@ class Clamp:
 
 @dataclass(slots=True, kw_only=True)
 class Experts:
-    """E gated MLPs: expert e is down[e] (silu(gate x) * up x), unless `clamp` says otherwise."""
+    """E gated MLPs: expert e is down[e] (silu(gate x) * up x), unless `clamp` says otherwise.
 
-    gate_up: Tensor
-    """[E, 2F, h], the gate's rows first."""
+    Both matrices are tensors, or both are weights of few bits: then those of all experts are one,
+    below each other, and inputs stand in their order.
+    """
 
-    down: Tensor
-    """[E, h, F]"""
+    gate_up: Tensor | Grouped
+    """[E, 2F, h], the gate's rows first; or [E * 2F, h]."""
+
+    down: Tensor | Grouped
+    """[E, h, F]; or [E * h, F]."""
 
     gate_up_bias: Tensor | None = None
     """[E, 2F]"""
@@ -65,6 +72,13 @@ class Experts:
 
     clamp: Clamp | None = None
     """Another activation."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, h, F)."""
+        h, f = self.gate_up.shape[-1], self.down.shape[-1]
+        rows = self.down.shape[0]
+        return (rows if isinstance(self.down, Tensor) else rows // h), h, f
 
 
 class ExpertOps(Protocol):
@@ -80,6 +94,18 @@ class ExpertOps(Protocol):
         """
         ...
 
+    def pack_experts(self, experts: Experts, dtype: torch.dtype) -> Experts:
+        """Experts of few bits in the layout that `moe` is fastest with; once, at the load.
+
+        `dtype` is that of the rows to come. The result stands for the same experts, and only `moe`
+        of the same backend may read it; the original is given up.
+        """
+        ...
+
     def moe(self, x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
-        """Mix experts over x [T, h] as `route` said: [T, h]. Each counts `weights` times."""
+        """Mix experts over x [T, h] as `route` said: [T, h]. Each counts `weights` times.
+
+        `experts` are tensors, or come from `pack_experts`. The numbers of few bits may be rounded
+        to x's dtype once.
+        """
         ...

@@ -4,7 +4,8 @@
 
 A float8 (e4m3) tensor holds numbers up to 448 with 3 bits of fraction; each row of activations, and
 each output of a weight, has a scale beside it that its numbers are multiplied by. Weights of 4 or 8
-bits that are no floats are `Grouped`, whatever format they came in.
+bits that are no floats are `Grouped`, whatever format they came in, and so are those of experts,
+floats too.
 """
 
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class Grouped:
         (c - zero) * scale            with `zero`; where nothing else is there, it is 2^(bits - 1)
         c * scale + minimum           with `minimum`
         table[c] * scale              with `table`
+        float(c) * scale              with `float8`: the code is that of a FLOAT8
     """
 
     codes: Tensor
@@ -72,6 +74,9 @@ class Grouped:
 
     order: Tensor | None = None
     """[in] int64: column i multiplies input order[i]. None where they stand in order."""
+
+    float8: bool = False
+    """Of 8 bits, without anything but scales."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,6 +107,18 @@ def join_grouped(parts: Sequence[Grouped]) -> Grouped | None:
     return replace(first, codes=codes, scale=scale, zero=join("zero"), minimum=join("minimum"))
 
 
+def rows_of(weight: Grouped, rows: slice) -> Grouped:
+    """Some outputs of a weight, as a view."""
+    zero, minimum = weight.zero, weight.minimum
+    return replace(
+        weight,
+        codes=weight.codes[rows],
+        scale=weight.scale[rows],
+        zero=None if zero is None else zero[rows],
+        minimum=None if minimum is None else minimum[rows],
+    )
+
+
 def _below(tensors: Sequence[Tensor]) -> Tensor:
     if tensors[0].is_meta:  # where torch.cat would load torch's compiler
         rows = sum(len(tensor) for tensor in tensors)
@@ -115,7 +132,12 @@ def _are_alike(a: Grouped, b: Grouped) -> bool:
         (w.bits, w.shape[1], w.scale.shape[1], w.scale.dtype, w.zero is None, w.minimum is None)
         for w in (a, b)
     ]
-    return kinds[0] == kinds[1] and _equal(a.table, b.table) and _equal(a.order, b.order)
+    return (
+        kinds[0] == kinds[1]
+        and a.float8 == b.float8
+        and _equal(a.table, b.table)
+        and _equal(a.order, b.order)
+    )
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

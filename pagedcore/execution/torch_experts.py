@@ -4,12 +4,25 @@ T tokens   E experts   C experts chosen per token   F expert width   h hidden si
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pagedcore.execution.expert_ops import Clamp, Experts, Routing
+from pagedcore.execution.quantized import Grouped, rows_of
+from pagedcore.execution.torch_quantized import widen_grouped
+
+
+@dataclass(slots=True)
+class OneExpert:
+    """A gated MLP: gate_up [2F, h], the gate's rows first, and down [h, F], with their biases."""
+
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
 
 
 class TorchExpertOps(ABC):
@@ -34,19 +47,39 @@ class TorchExpertOps(ABC):
             weights = weights / weights.sum(-1, keepdim=True)
         return weights if routing.scale == 1.0 else weights * routing.scale, chosen.int()
 
+    def pack_experts(self, experts: Experts, dtype: torch.dtype) -> Experts:
+        """See `ExpertOps.pack_experts`."""
+        return experts
+
+    def one_expert(self, experts: Experts, e: int, dtype: torch.dtype) -> OneExpert:
+        """What expert e multiplies with, of few bits widened to `dtype`."""
+        gate_up_bias, down_bias = experts.gate_up_bias, experts.down_bias
+        return OneExpert(
+            _matrix(experts.gate_up, e, 2 * experts.shape[2], dtype),
+            None if gate_up_bias is None else gate_up_bias[e],
+            _matrix(experts.down, e, experts.shape[1], dtype),
+            None if down_bias is None else down_bias[e],
+        )
+
     def moe(self, x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
-        """See `ExpertOps.moe`."""
+        """See `ExpertOps.moe`: of few bits, one chosen expert is in memory at a time."""
         mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for e in sorted(set(chosen.flatten().tolist())):
             token, choice = torch.where(chosen == e)
-            bias = None if experts.gate_up_bias is None else experts.gate_up_bias[e]
-            gate_up = functional.linear(x[token], experts.gate_up[e], bias)
+            one = self.one_expert(experts, e, x.dtype)
+            gate_up = functional.linear(x[token], one.gate_up, one.gate_up_bias)
             clamp = experts.clamp
             inner = self.silu_mul(gate_up) if clamp is None else clamped_mul(gate_up, clamp)
-            bias = None if experts.down_bias is None else experts.down_bias[e]
-            out = functional.linear(inner, experts.down[e], bias).float()
+            out = functional.linear(inner, one.down, one.down_bias).float()
             mixed.index_add_(0, token, out.mul_(weights[token, choice, None]))
         return mixed.to(x.dtype)
+
+
+def _matrix(stack: Tensor | Grouped, e: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """The matrix [rows, in] of expert e."""
+    if isinstance(stack, Tensor):
+        return stack[e]
+    return widen_grouped(rows_of(stack, slice(e * rows, (e + 1) * rows)), dtype)
 
 
 def clamped_mul(gate_up: Tensor, clamp: Clamp) -> Tensor:

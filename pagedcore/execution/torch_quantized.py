@@ -129,6 +129,8 @@ def _widen_rows(weight: Grouped, rows: slice) -> Tensor:
     codes = codes.view(len(codes), scale.shape[1], -1)
     if weight.table is not None:
         return (weight.table[codes.int()] * scale).flatten(1)
+    if weight.float8:
+        return codes.view(FLOAT8).float().mul_(scale).flatten(1)
     values = codes.float()
     if weight.minimum is not None:
         return values.mul_(scale).add_(weight.minimum[rows, :, None]).flatten(1)

@@ -67,7 +67,7 @@ class GroupedOps(TorchOps):
     def pack_grouped(self, weight: Grouped, dtype: torch.dtype) -> Grouped:
         """See `QuantizedOps.pack_grouped`."""
         per_word = 32 // weight.bits
-        if dtype != torch.bfloat16 or weight.group % per_word:
+        if dtype != torch.bfloat16 or weight.group % per_word or weight.float8:
             return super().pack_grouped(weight, dtype)
         outputs, inputs = weight.shape
         scale, minimum = weight.scale.float(), _minimum(weight)

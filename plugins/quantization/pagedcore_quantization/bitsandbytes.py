@@ -22,8 +22,8 @@ from pagedcore.execution.model import Weights
 from pagedcore.execution.quantized import Grouped
 from pagedcore_quantization.formats import check_method
 from pagedcore_quantization.modules import Modules
-from pagedcore_quantization.packed import PackedFormat, Part
-from pagedcore_quantization.packing import meta_grouped
+from pagedcore_quantization.packed import PackedFormat
+from pagedcore_quantization.packing import Part, meta_grouped
 
 BLOCKS = (64, 32, 128, 256, 512, 1024, 2048, 4096)
 """Numbers in a block."""

@@ -26,8 +26,9 @@ from pagedcore_quantization.fp8 import take_bias
 from pagedcore_quantization.gptq import find_order
 from pagedcore_quantization.int8 import Int8Linear
 from pagedcore_quantization.modules import Modules
-from pagedcore_quantization.packed import PackedFormat, Part, SplitLinear
+from pagedcore_quantization.packed import PackedFormat, SplitLinear
 from pagedcore_quantization.packing import (
+    Part,
     check_division,
     codes_of,
     dim_of_groups,
@@ -87,7 +88,7 @@ class CompressedTensors(PackedFormat):
         scheme = self._schemes.of(name)
         assert scheme is not None, "those are taken as they are"
         if scheme.kind == "float":
-            return self._floats(scheme).take_wide(weights, name, rows, columns, dim)
+            return self._floats(scheme).take_part(weights, name, rows, columns, dim)
         groups = 1
         if scheme.group is not None:
             check_division(name, "groups", columns, scheme.group)

@@ -4,10 +4,9 @@
 
 Each output of a matrix gets a scale of its own, so that its largest weight becomes the largest
 number of 8 bits. A part is rounded as soon as it is read: no more than one part of one matrix is
-in memory in 16 bits. Embeddings, the head, norms and routers keep their type, and so do experts.
+in memory in 16 bits. Embeddings, the head, norms and routers keep their type.
 """
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -15,25 +14,20 @@ from torch import Tensor
 
 from pagedcore.execution.model import Weights
 from pagedcore.execution.ops import Ops
-from pagedcore.execution.quantized import FLOAT8, Activations
+from pagedcore.execution.quantized import FLOAT8, Activations, Grouped
 from pagedcore.execution.quantizer import (
     ExpertsMethod,
     LinearMethod,
-    UnquantizedExperts,
     join_rows,
-    take_experts,
 )
-
-logger = logging.getLogger(__name__)
+from pagedcore_quantization.experts import make_experts
+from pagedcore_quantization.packing import Part
 
 
 class Fp8:
     """A `Quantizer` for checkpoints of 16 bits."""
 
     name = "fp8"
-
-    def __init__(self) -> None:
-        self._has_warned = False
 
     def linear(
         self,
@@ -64,10 +58,17 @@ class Fp8:
         self, weights: Weights, ops: Ops, prefix: str, num_experts: int, h: int, width: int
     ) -> ExpertsMethod:
         """See `Quantizer.experts`."""
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning("fp8: experts keep their 16 bits, only the other layers are rounded")
-        return UnquantizedExperts(ops, take_experts(weights, prefix, num_experts, h, width))
+
+        def take(name: str, rows: int, columns: int, dim: int) -> Part:
+            wide = weights.take(f"{name}.weight", (rows, columns), dim=dim)
+            if wide.is_meta:
+                scale = torch.empty((len(wide), 1), device="meta")
+                codes = torch.empty(wide.shape, dtype=torch.uint8, device="meta")
+                return Grouped(codes, scale, 8, float8=True)
+            rounded = ops.quantize(wide)
+            return Grouped(rounded.values.view(torch.uint8), rounded.scale, 8, float8=True)
+
+        return make_experts(ops, take, prefix, num_experts, h, width, weights.dtype)
 
 
 class Fp8Linear:

@@ -26,8 +26,8 @@ from pagedcore.execution.model import Weights
 from pagedcore.execution.quantized import Grouped
 from pagedcore_quantization.formats import check_method
 from pagedcore_quantization.modules import Modules
-from pagedcore_quantization.packed import PackedFormat, Part
-from pagedcore_quantization.packing import check_division, meta_grouped
+from pagedcore_quantization.packed import PackedFormat
+from pagedcore_quantization.packing import Part, check_division, meta_grouped
 
 
 class Gguf(PackedFormat):

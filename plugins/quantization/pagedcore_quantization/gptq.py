@@ -20,8 +20,9 @@ from pagedcore.execution.model import Weights
 from pagedcore.execution.quantized import Grouped
 from pagedcore_quantization.formats import check_method, read_bits, read_group
 from pagedcore_quantization.modules import Modules
-from pagedcore_quantization.packed import PackedFormat, Part
+from pagedcore_quantization.packed import PackedFormat
 from pagedcore_quantization.packing import (
+    Part,
     check_division,
     codes_of,
     meta_grouped,

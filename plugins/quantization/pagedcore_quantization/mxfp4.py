@@ -1,4 +1,4 @@
-"""MXFP4: experts of 4 bits, as GPT-OSS stores them; widened to the model's type while loading.
+"""MXFP4: experts of 4 bits, as GPT-OSS stores them.
 
     E experts   F expert width   h hidden size   N outputs   G groups of 32 inputs
 
@@ -18,19 +18,17 @@ from pagedcore.execution.config_fields import ConfigFields
 from pagedcore.execution.expert_ops import Clamp, Experts
 from pagedcore.execution.model import Weights
 from pagedcore.execution.ops import Ops
+from pagedcore.execution.quantized import Grouped
 from pagedcore.execution.quantizer import (
     ExpertsMethod,
     LinearMethod,
     Unquantized,
-    UnquantizedExperts,
 )
 from pagedcore.execution.stacked_experts import gates_first, take_biases
+from pagedcore_quantization.experts import GroupedExperts
 
 GROUP = 32
 """Inputs that share a scale."""
-
-SCALE_OFFSET = 127
-"""A scale of this number is 1."""
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -84,29 +82,24 @@ class Mxfp4:
     ) -> ExpertsMethod:
         """See `StacksExperts`."""
         gate_up_bias, down_bias = take_biases(weights, prefix, num_experts, h, width)
-        dtype = gate_up_bias.dtype
         gate_up_shape, down_shape = (num_experts, 2 * width, h), (num_experts, h, width)
-        gate_up = self._take(weights, f"{prefix}.gate_up_proj", gate_up_shape, dtype, dim=1)
-        down = self._take(weights, f"{prefix}.down_proj", down_shape, dtype, dim=2)
+        gate_up, up_scales = self._take(weights, f"{prefix}.gate_up_proj", gate_up_shape, dim=1)
+        down = self._take(weights, f"{prefix}.down_proj", down_shape, dim=2)
+        if not gate_up.is_meta:
+            gate_up, up_scales = gates_first(gate_up), gates_first(up_scales)
         experts = Experts(
-            gate_up=gate_up if gate_up.is_meta else gates_first(gate_up),
-            down=down,
+            gate_up=float4(gate_up.flatten(0, 1), up_scales.flatten(0, 1)),
+            down=float4(*(part.flatten(0, 1) for part in down)),
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             clamp=clamp,
         )
-        return UnquantizedExperts(ops, experts)
+        return GroupedExperts(ops, experts, gate_up_bias.dtype)
 
     def _take(
-        self,
-        weights: Weights,
-        name: str,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        *,
-        dim: int,
-    ) -> Tensor:
-        """Matrices [E, N, inputs] in `dtype`, of which one dimension may be divided."""
+        self, weights: Weights, name: str, shape: tuple[int, int, int], *, dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """Matrices [E, N, G, 16] and their scales [E, N, G], of which `dim` may be divided."""
         num_experts, rows, inputs = shape
         if inputs % GROUP:
             raise self._fields.error(
@@ -119,24 +112,13 @@ class Mxfp4:
         scales = weights.take(
             f"{name}_scales", (num_experts, rows, groups), dtype=torch.uint8, dim=dim
         )
-        shape = num_experts, blocks.shape[1], blocks.shape[2] * GROUP
-        if blocks.is_meta:
-            return torch.empty(shape, dtype=dtype, device="meta")
-        wide = torch.empty(shape, dtype=dtype, device=blocks.device)
-        for e in range(num_experts):  # one by one, since numbers are large on their way
-            wide[e] = decode_mxfp4(blocks[e], scales[e], dtype)
-        return wide
+        return blocks, scales
 
 
-def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers [..., 32 * G] in `dtype` of blocks [..., G, 16] and scales [..., G], both uint8.
+def float4(blocks: Tensor, scales: Tensor) -> Grouped:
+    """The weight [N, 32 * G] of blocks [N, G, 16] and scales [N, G], both uint8.
 
-    A scale of 255 stands for no number, and makes its group NaN.
+    A scale is the exponent of a power of two, plus 127; 255 stands for no number.
     """
-    values = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], device=blocks.device)
-    low, high = values[(blocks & 15).int()], values[(blocks >> 4).int()]
-    numbers = torch.stack([low, high], -1).flatten(-2)
-    exponents = scales.int() - SCALE_OFFSET
-    wide = torch.ldexp(numbers, exponents[..., None])
-    wide.masked_fill_((scales == 255)[..., None], torch.nan)
-    return wide.flatten(-2).to(dtype)
+    table = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], device=blocks.device)
+    return Grouped(blocks.flatten(1), scales.view(torch.float8_e8m0fnu), 4, table=table)

@@ -3,13 +3,12 @@
     T tokens   E experts   F expert width   h hidden size
 
 A format says how one part of a matrix is stored. Parts of one kind become one matrix; others stay
-apart, and are multiplied one after the other. Experts are widened to 16 bits while loading.
+apart, and are multiplied one after the other. What becomes of experts: see `experts`.
 """
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -22,19 +21,15 @@ from pagedcore.execution.quantizer import (
     ExpertsMethod,
     LinearMethod,
     Unquantized,
-    UnquantizedExperts,
     UnquantizedLinear,
     join_rows,
 )
-from pagedcore.execution.torch_quantized import widen_grouped
-from pagedcore_quantization.experts import take_wide_experts
+from pagedcore_quantization.experts import GroupedExperts, make_experts
 from pagedcore_quantization.fp8 import take_bias
 from pagedcore_quantization.modules import Modules
+from pagedcore_quantization.packing import Part, plainest
 
 logger = logging.getLogger(__name__)
-
-Part = Grouped | Tensor
-"""A part of a matrix: packed, or [rows, columns] in the model's type where it cannot be."""
 
 
 class GroupedLinear:
@@ -45,7 +40,7 @@ class GroupedLinear:
         self._ops = ops
         self._weight = weight
         if not weight.codes.is_meta:
-            self._weight = ops.pack_grouped(_plainest(weight), dtype)
+            self._weight = ops.pack_grouped(plainest(weight), dtype)
         self._bias = bias
 
     def apply(self, x: Activations) -> Tensor:
@@ -120,18 +115,19 @@ class PackedFormat(ABC):
     def experts(
         self, weights: Weights, ops: Ops, prefix: str, num_experts: int, h: int, width: int
     ) -> ExpertsMethod:
-        """See `Quantizer.experts`: experts are widened to the model's type while loading."""
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning("%s: experts are widened to %s", self.name, weights.dtype)
+        """See `Quantizer.experts`."""
 
-        def take(name: str, rows: int, columns: int, dim: int) -> Tensor:
+        def take(name: str, rows: int, columns: int, dim: int) -> Part:
             if self.keeps(name):
                 return weights.take(f"{name}.weight", (rows, columns), dim=dim)
-            part = self.part(weights, name, rows, columns, dim)
-            return part if isinstance(part, Tensor) else widen_part(part, weights.dtype)
+            return self.part(weights, name, rows, columns, dim)
 
-        return UnquantizedExperts(ops, take_wide_experts(take, prefix, num_experts, h, width))
+        method = make_experts(ops, take, prefix, num_experts, h, width, weights.dtype)
+        was_packed = not self.keeps(f"{prefix}.0.down_proj")
+        if was_packed and not self._has_warned and not isinstance(method, GroupedExperts):
+            self._has_warned = True
+            logger.warning("%s: experts are widened to %s", self.name, weights.dtype)
+        return method
 
 
 def make_linear(
@@ -154,26 +150,3 @@ def make_linear(
             for part, end in zip(parts, ends, strict=True)
         ]
     )
-
-
-def widen_part(weight: Grouped, dtype: torch.dtype) -> Tensor:
-    """What a part stands for, its columns in the order of the inputs: [out, in] in `dtype`."""
-    if weight.codes.is_meta:
-        return torch.empty(weight.shape, dtype=dtype, device="meta")
-    wide = widen_grouped(weight, dtype)
-    return wide if weight.order is None else wide[:, weight.order.argsort()]
-
-
-def _plainest(weight: Grouped) -> Grouped:
-    """The same weight in less memory: scales in 16 bits, and no zeros, where that changes nothing.
-
-    A weight without zeros has those of a symmetric one.
-    """
-    zero = weight.zero
-    if zero is not None and bool((zero == 2 ** (weight.bits - 1)).all()):
-        zero = None
-    for dtype in (torch.float16, torch.bfloat16):
-        scale = weight.scale.to(dtype)
-        if torch.equal(scale.float(), weight.scale):
-            return replace(weight, zero=zero, scale=scale)
-    return replace(weight, zero=zero)

@@ -5,11 +5,17 @@
 A word of 32 bits holds 4 or 8 codes. On the device "meta" nothing but shapes is looked at.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from pagedcore.errors import ModelError
 from pagedcore.execution.quantized import Grouped
+from pagedcore.execution.torch_quantized import widen_grouped
+
+Part = Grouped | Tensor
+"""A part of a matrix: packed, or [rows, columns] in the model's type where it cannot be."""
 
 
 def check_division(name: str, what: str, size: int, divisor: int) -> None:
@@ -73,3 +79,28 @@ def meta_grouped(
         minimum=empty(rows, groups, dtype=torch.float32) if minimum else None,
         table=empty(16, dtype=torch.float32) if table else None,
     )
+
+
+def widen_part(weight: Grouped, dtype: torch.dtype) -> Tensor:
+    """What a part stands for, its columns in the order of the inputs: [out, in] in `dtype`."""
+    if weight.codes.is_meta:
+        return torch.empty(weight.shape, dtype=dtype, device="meta")
+    wide = widen_grouped(weight, dtype)
+    return wide if weight.order is None else wide[:, weight.order.argsort()]
+
+
+def plainest(weight: Grouped) -> Grouped:
+    """The same weight in less memory: scales in 16 bits, and no zeros, where that changes nothing.
+
+    A weight without zeros has those of a symmetric one.
+    """
+    zero = weight.zero
+    if weight.scale.dtype.itemsize == 1:
+        return weight
+    if zero is not None and bool((zero == 2 ** (weight.bits - 1)).all()):
+        zero = None
+    for dtype in (torch.float16, torch.bfloat16):
+        scale = weight.scale.to(dtype)
+        if torch.equal(scale.float(), weight.scale):
+            return replace(weight, zero=zero, scale=scale)
+    return replace(weight, zero=zero)

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from pagedcore.execution.model import Weights
 from pagedcore.execution.ops import Ops
-from pagedcore.execution.quantized import FLOAT8, GROUP_COLUMNS
+from pagedcore.execution.quantized import FLOAT8, GROUP_COLUMNS, Grouped
 from pagedcore.execution.quantizer import (
     ExpertsMethod,
     LinearMethod,
     Unquantized,
-    UnquantizedExperts,
     join_rows,
 )
 from pagedcore.execution.torch_quantized import widen
-from pagedcore_quantization.experts import take_wide_experts
+from pagedcore_quantization.experts import make_experts
 from pagedcore_quantization.formats import StoredFormat
 from pagedcore_quantization.fp8 import Fp8Linear, join_float8, take_bias
+from pagedcore_quantization.packing import Part
 
 _UNUSED = (
     *("input_scale", "input_scale_ub", "input_zero_point", "activation_scale"),
@@ -68,12 +68,12 @@ class StoredFp8:
     def experts(
         self, weights: Weights, ops: Ops, prefix: str, num_experts: int, h: int, width: int
     ) -> ExpertsMethod:
-        """See `Quantizer.experts`: experts are widened to the model's type while loading."""
+        """See `Quantizer.experts`."""
 
-        def take(name: str, rows: int, columns: int, dim: int) -> Tensor:
-            return self.take_wide(weights, name, rows, columns, dim)
+        def take(name: str, rows: int, columns: int, dim: int) -> Part:
+            return self.take_part(weights, name, rows, columns, dim)
 
-        return UnquantizedExperts(ops, take_wide_experts(take, prefix, num_experts, h, width))
+        return make_experts(ops, take, prefix, num_experts, h, width, weights.dtype)
 
     def _take(
         self, weights: Weights, name: str, rows: int, columns: int, dim: int | None
@@ -100,13 +100,15 @@ class StoredFp8:
             return GROUP_COLUMNS
         return rows if len(scale) == 1 else 1
 
-    def take_wide(
+    def take_part(
         self, weights: Weights, name: str, rows: int, columns: int, dim: int | None
-    ) -> Tensor:
-        """The layer `name` [rows, columns] in the model's type."""
+    ) -> Part:
+        """The layer `name` [rows, columns] of an expert: wide where rows have no whole blocks."""
         if self._format.kept.holds(name):
             return weights.take(f"{name}.weight", (rows, columns), dim=dim)
         values, scale = self._take(weights, name, rows, columns, dim)
+        if values.shape[1] % scale.shape[1] == 0:
+            return Grouped(values.view(torch.uint8), scale, 8, float8=True)
         if values.is_meta:
             return torch.empty(values.shape, dtype=weights.dtype, device="meta")
         return widen(values, scale, weights.dtype)

@@ -142,4 +142,4 @@ def test_a_quantizer_finds_fused_and_renamed_weights(architecture, paged, prompt
     model = paged(tmp_path, quantizer=Fp8())
     ours, expected = model.step({0: prompts[0]})[0], logits_of(reference, prompts[0])
     errors = (ours - expected).norm(dim=1) / expected.norm(dim=1)
-    assert 1e-4 < errors.median() < 0.2  # some tokens choose another expert
+    assert 1e-4 < errors.median() < 0.3  # some tokens choose another expert

@@ -10,12 +10,13 @@ from pagedcore.errors import ModelError
 from pagedcore.execution.expert_ops import Clamp
 from pagedcore.execution.random_weights import RandomWeights
 from pagedcore.execution.torch_ops import TorchOps
+from pagedcore.execution.torch_quantized import widen_grouped
 from pagedcore.testing.paged_model import PagedModel
 from pagedcore.testing.tiny_models import save_tiny_model
 from pagedcore_models.cases import CASES
 from pagedcore_models.gpt_oss import GptOssForCausalLM
 from pagedcore_quantization import pagedcore_quantizers
-from pagedcore_quantization.mxfp4 import Mxfp4, decode_mxfp4
+from pagedcore_quantization.mxfp4 import Mxfp4, float4
 
 SETTINGS = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 
@@ -31,7 +32,7 @@ def value(code, scale):
 def test_every_byte_and_scale_stands_for_two_numbers(dtype):
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
     scales = torch.tensor([[127, 126, 128, 120, 134, 0, 254, 1, *[127] * 8]], dtype=torch.uint8)
-    got = decode_mxfp4(blocks, scales, dtype)
+    got = widen_grouped(float4(blocks, scales), dtype)
     want = [
         value(code, scale)
         for block, scale in zip(blocks[0].tolist(), scales[0].tolist(), strict=True)
@@ -44,8 +45,9 @@ def test_every_byte_and_scale_stands_for_two_numbers(dtype):
 
 
 def test_a_scale_that_is_no_number_makes_its_group_nan():
-    blocks = torch.zeros(2, 16, dtype=torch.uint8)
-    got = decode_mxfp4(blocks, torch.tensor([255, 127], dtype=torch.uint8), torch.float32)
+    blocks = torch.zeros(1, 2, 16, dtype=torch.uint8)
+    weight = float4(blocks, torch.tensor([[255, 127]], dtype=torch.uint8))
+    got = widen_grouped(weight, torch.float32)[0]
     assert got[:32].isnan().all()
     assert (got[32:] == 0).all()
 
@@ -64,7 +66,9 @@ def stored(tmp_path):
         scales = torch.randint(123, 126, shape[:3], dtype=torch.uint8, generator=rng)
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
         with torch.no_grad():
-            own[name].copy_(decode_mxfp4(blocks, scales, torch.float32).mT)
+            weight = float4(blocks.flatten(0, 1), scales.flatten(0, 1))
+            wide = widen_grouped(weight, torch.float32)
+            own[name].copy_(wide.view(experts, rows, inputs).mT)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": SETTINGS}))

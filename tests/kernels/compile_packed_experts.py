@@ -1,0 +1,60 @@
+"""As `compile_for_gpus.py`, for mixtures of experts of few bits.
+
+python compile_packed_experts.py 90
+"""
+
+import sys
+
+import torch
+import triton
+from compile_for_gpus import AbsentGpu, compile_only
+from triton.runtime.jit import JITFunction
+
+from pagedcore.execution.expert_ops import Clamp, Experts
+from pagedcore.execution.quantized import Grouped
+from pagedcore_kernels.packed_codes import E2M1
+from pagedcore_kernels.packed_experts import ExpertPlan, choose_plan, moe, pack_experts
+from pagedcore_kernels.packed_layout import POWERS
+
+
+def stack(rows, k, group, *, bits=4, scale_dtype=torch.float16, **more):
+    scale = torch.empty(rows, k // group, dtype=torch.uint8 if scale_dtype == POWERS else None)
+    scale = scale.view(POWERS) if scale_dtype == POWERS else scale.to(scale_dtype)
+    return Grouped(torch.empty(rows, k * bits // 8, dtype=torch.uint8), scale, bits, **more)
+
+
+def compile_moe(rows, plan, *, h, width, num_experts, num_chosen, clamp=None, **kind):
+    x = torch.empty(rows, h, dtype=torch.bfloat16)
+    experts = Experts(
+        gate_up=stack(num_experts * 2 * width, h, **kind),
+        down=stack(num_experts * h, width, **kind),
+        clamp=clamp,
+    )
+    if clamp is not None:
+        experts.gate_up_bias = x.new_empty(num_experts, 2 * width)
+        experts.down_bias = x.new_empty(num_experts, h)
+    packed = pack_experts(experts, x.dtype)
+    chosen = torch.empty(rows, num_chosen, dtype=torch.int32)
+    moe(x, torch.empty(rows, num_chosen), chosen, packed, plan)
+
+
+def main():
+    sizes = dict(h=480, width=480, num_experts=4, num_chosen=2)
+    float4 = dict(group=32, scale_dtype=POWERS, table=torch.tensor(E2M1))
+    for per_expert in (1, 4, 16, 40, 100):  # each plan once
+        plan = choose_plan(per_expert * 4, 4)
+        compile_moe(8, plan, **sizes, **float4, clamp=Clamp(1.7, 7.0))
+    small, large = choose_plan(4, 4), ExpertPlan(64, 128, 4, 4)
+    sizes = dict(h=512, width=256, num_experts=4, num_chosen=2)
+    floats = dict(bits=8, scale_dtype=torch.float32, float8=True)
+    for plan in (small, large):
+        compile_moe(8, plan, **sizes, group=128)
+        compile_moe(8, plan, **sizes, group=128, **floats)
+    compile_moe(8, large, **(sizes | dict(width=512)), group=512, **floats)
+    compile_moe(8, small, **sizes, group=128, bits=8)
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(AbsentGpu(int(sys.argv[1])))
+    JITFunction.__getitem__ = compile_only
+    main()
