@@ -4,10 +4,11 @@
 
 Where every token is a sequence of its own, adapters differ from token to token, and reading them is
 all the traffic: 2 * R * (P * K + N) bytes each. A program takes one token and a piece of its
-adapter that its registers hold, so that all of the piece is under way at once. Tokens of longer
-runs share adapters: there a program takes neighbouring tokens and the adapters that these have, one
-after the other, each for the tokens that have it. Nothing is sorted, and nothing is read on the
-host.
+adapter that its registers hold, so that all of the piece is under way at once; and it asks for the
+piece before it waits for its predecessors, since adapters and the tokens' slots are written before
+the step's first layer. Tokens of longer runs share adapters: there a program takes neighbouring
+tokens and the adapters that these have, one after the other, each for the tokens that have it.
+Nothing is sorted, and nothing is read on the host.
 """
 
 import torch
@@ -16,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedcore.execution.lora_ops import AdapterStep, LoraWeights
-from pagedcore_kernels.dependent import can_depend, wait_for_predecessors
+from pagedcore_kernels.dependent import can_depend
 
 _RUN = 64
 """Tokens at a time of longer runs."""
 
-_PIECE = 16384
-"""Elements of an adapter that a program of a single token holds."""
+_PIECE = 4096
+"""Elements of an adapter that a program of a single token holds at a time."""
 
 _FEWEST_INPUTS = 1024
 """Of a part of the inputs: shorter ones take longer to add up than they gain."""
@@ -57,24 +58,30 @@ def _shrink_single(
     x [T, K] has rows `x_stride` apart; a [L, PR, K]; slots [T] int32, negative for none; present
     [L, P] int32. Where an adapter has none of this part of the layer, nothing is written.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     token, part = tl.program_id(0), tl.program_id(2)
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     blocks: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K)
-    wait_for_predecessors(DEPENDENT)
     slot = tl.load(slots + token)
-    if slot < 0:
-        return
-    if tl.load(present + slot * (PR // R) + tl.program_id(1) * BLOCK_R // R) == 0:
-        return
+    of_layer = tl.program_id(1) * BLOCK_R // R
+    has = tl.load(present + slot * (PR // R) + of_layer, slot >= 0, 0) > 0
     matrix = a + slot.to(tl.int64) * PR * K + rows[:, None] * K
     source = x + token.to(tl.int64) * x_stride
-    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for block in tl.static_range(blocks):
-        columns = (part * blocks + block) * BLOCK_K + tl.arange(0, BLOCK_K)
-        weight = tl.load(matrix + columns[None, :], columns[None, :] < K, 0)
-        value = tl.load(source + columns, columns < K, 0)
-        total += weight.to(tl.float32) * value.to(tl.float32)[None, :]
-    tl.store(inner + (part * num_tokens + token).to(tl.int64) * PR + rows, tl.sum(total, 1))
+    first = part * blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    early = tl.load(matrix + first[None, :], (first[None, :] < K) & has, 0)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    if has:
+        value = tl.load(source + first, first < K, 0)
+        total = early.to(tl.float32) * value.to(tl.float32)[None, :]
+        for block in tl.static_range(1, blocks):
+            columns = first + block * BLOCK_K
+            weight = tl.load(matrix + columns[None, :], columns[None, :] < K, 0)
+            value = tl.load(source + columns, columns < K, 0)
+            total += weight.to(tl.float32) * value.to(tl.float32)[None, :]
+        results = inner + (part * num_tokens + token).to(tl.int64) * PR + rows
+        tl.store(results, tl.sum(total, 1))
 
 
 @triton.jit
@@ -85,30 +92,32 @@ def _expand_single(
 ):  # fmt: skip
     """Add B times the sum of `inner` to BLOCK_N outputs of one token, all of one part.
 
-    As in `_expand`.
+    PARTS is a power of two; for the rest see `_expand`.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
     begin, stop, part = _part_of(tl.program_id(1), widths, P, BLOCK_N)
     outputs = begin + tl.arange(0, BLOCK_N)
     valid = outputs < stop
-    wait_for_predecessors(DEPENDENT)
     slot = tl.load(slots + token)
-    if slot < 0:
-        return
-    if tl.load(present + slot * P + part) == 0:
-        return
-    place = y + token.to(tl.int64) * y_stride + outputs
-    result = tl.load(place, valid, 0).to(tl.float32)
+    has = tl.load(present + slot * P + part, slot >= 0, 0) > 0
     matrix = b + (slot.to(tl.int64) * num_outputs + outputs[:, None]) * R
-    for r in tl.static_range(0, R, BLOCK_R):
-        ranks = r + tl.arange(0, BLOCK_R)
-        weight = tl.load(matrix + ranks[None, :], valid[:, None], 0)
-        held = tl.zeros((BLOCK_R,), tl.float32)
-        for k in tl.static_range(PARTS):
-            row = (k * num_tokens + token).to(tl.int64) * (P * R)
-            held += tl.load(inner + row + part * R + ranks)
-        result += tl.sum(weight.to(tl.float32) * held[None, :], 1)
-    tl.store(place, result.to(y.dtype.element_ty), valid)
+    ranks = tl.arange(0, BLOCK_R)
+    early = tl.load(matrix + ranks[None, :], valid[:, None] & has, 0)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    if has:
+        places = y + token.to(tl.int64) * y_stride + outputs
+        result = tl.load(places, valid, 0).to(tl.float32)
+        row = (tl.arange(0, PARTS) * num_tokens + token).to(tl.int64) * (P * R) + part * R
+        for r in tl.static_range(0, R, BLOCK_R):
+            weight = early
+            if r > 0:
+                weight = tl.load(matrix + r + ranks[None, :], valid[:, None], 0)
+            held = tl.sum(tl.load(inner + row[:, None] + r + ranks[None, :]), 0)
+            result += tl.sum(weight.to(tl.float32) * held[None, :], 1)
+        tl.store(places, result.to(y.dtype.element_ty), valid)
 
 
 @triton.jit
@@ -218,7 +227,7 @@ def _add_single(y: Tensor, x: Tensor, weights: LoraWeights, slots: Tensor, num_s
     rank, num_inner, num_inputs = weights.rank, weights.a.shape[1], x.shape[1]
     block_r = _power_of_two_in(rank, 16)
     block_k = min(_PIECE // block_r, triton.next_power_of_2(num_inputs))
-    parts = min(triton.cdiv(num_inputs, block_k), _MOST_PARTS)
+    parts = min(triton.next_power_of_2(triton.cdiv(num_inputs, block_k)), _MOST_PARTS)
     inner = torch.empty((parts, num_single, num_inner), dtype=torch.float32, device=x.device)
     dependent = can_depend(x.device)
     _shrink_single[num_single, num_inner // block_r, parts](
@@ -227,7 +236,7 @@ def _add_single(y: Tensor, x: Tensor, weights: LoraWeights, slots: Tensor, num_s
         DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
     )  # fmt: skip
     ranks_at_once = _power_of_two_in(rank, 64)
-    block_n = _PIECE // 2 // ranks_at_once
+    block_n = _PIECE // ranks_at_once
     tiles = sum(triton.cdiv(width, block_n) for width in weights.widths)
     _expand_single[num_single, tiles](
         y, weights.b, inner, slots, weights.present, weights.part_widths, y.stride(0),
