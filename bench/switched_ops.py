@@ -23,12 +23,16 @@ from pagedcore import EngineConfig, hookimpl
 from pagedcore.engine.engine import Engine
 from pagedcore.execution.model import Model, ModelBuild
 from pagedcore.execution.ops import Ops
-from pagedcore.execution.random_weights import RandomWeights
+from pagedcore.execution.random_weights import DEVIATION, RandomWeights
 from pagedcore.execution.torch_ops import TorchOps
 
 STRESSED = {"q_proj": 4.0, "q_norm": 2.0, "o_proj": 4.0}
 """How much more random matrices count: else all positions would look alike to attention, and a
 mistake there would be lost in what the other layers add."""
+
+GAIN = 0.64
+"""Of a random matrix: how much larger its products are than their inputs. With the deviation that
+is usual, wide layers have gains above 1, and errors of rounding grow until no logit is the same."""
 
 
 class SwitchedOps:
@@ -68,11 +72,13 @@ class Widened(TorchFunctionMode):
 
 
 class StressedWeights(RandomWeights):
-    """Random weights in which attention counts: see STRESSED."""
+    """Random weights in which attention counts and errors do not grow: see STRESSED and GAIN."""
 
     def _fill(self, tensor: Tensor, name: str) -> None:
         super()._fill(tensor, name)
         parts = name.split(".")
+        if tensor.ndim > 1 and tensor.is_floating_point():
+            tensor.mul_(GAIN / DEVIATION / tensor.shape[-1] ** 0.5)
         if parts[-1] == "weight" and parts[-2] in STRESSED:
             tensor.mul_(STRESSED[parts[-2]])
 
