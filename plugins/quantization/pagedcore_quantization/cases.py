@@ -30,6 +30,9 @@ GGUF_BOUNDS = {
 }
 """Error and bytes for each weight: 5 and 6 bits are kept in 8, and the scales of K types in 32."""
 
+WIDE = 2.0
+"""Bytes of a weight in 16 bits, as experts are whose inputs are reordered."""
+
 SHAPE = ["weight_shape"]
 """Which says nothing that the other tensors' shapes do not."""
 
@@ -44,6 +47,7 @@ def _written(name: str, max_error: float, max_bytes: float, **more: Any) -> Quan
         settings=form.config,
         max_error=max_error,
         max_bytes=max_bytes,
+        max_expert_bytes=WIDE if "reordered" in name else max_bytes,
         store=lambda matrix: form.write(matrix)[0],
         stands_for=lambda matrix: form.write(matrix)[1],
         **more,
@@ -61,6 +65,7 @@ def _gguf(kind: str, **more: Any) -> QuantizerCase:
         settings={"quant_method": "gguf", "types": dict.fromkeys((*LAYERS, *EXPERT_LAYERS), kind)},
         max_error=max_error,
         max_bytes=max_bytes,
+        max_expert_bytes=max_bytes,
         store=store,
         stands_for=lambda matrix: gguf_matrix(kind, matrix)[1],
         **more,
@@ -72,6 +77,7 @@ CASES = {
         settings={},
         max_error=0.023,
         max_bytes=1.1,
+        max_expert_bytes=1.1,
         lies=[{"quant_method": "fp8", "activation_scheme": "guessed"}],
         variants={
             "by matrix": _written("fp8 by matrix", 0.025, 1.1, optional=["input_scale"]),
@@ -82,6 +88,7 @@ CASES = {
         settings={"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
         max_error=0.023,
         max_bytes=1.1,
+        max_expert_bytes=1.1,
         store=lambda matrix: WRITTEN["fp8 by output"].write(matrix)[0],
         stands_for=lambda matrix: WRITTEN["fp8 by output"].write(matrix)[1],
         lies=[{"quant_method": "fp8"}],
@@ -136,12 +143,14 @@ CASES = {
     "mxfp4": QuantizerCase(  # its linear layers are in 16 bits
         settings={"quant_method": "mxfp4"},
         max_error=0.003,
-        max_bytes=2.0,
+        max_bytes=WIDE,
+        max_expert_bytes=WIDE,
         stands_for=lambda matrix: matrix,
         stacked=StackedCase(
             store=lambda matrices: mxfp4_matrices(matrices)[0],
             stands_for=lambda matrices: mxfp4_matrices(matrices)[1],
             max_error=0.13,
+            max_bytes=0.54,
         ),
         lies=[{}, {"quant_method": "gptq"}],
     ),
