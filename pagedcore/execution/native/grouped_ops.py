@@ -6,7 +6,7 @@ A weight that the kernel was not made for, by its sizes or for other rows than b
 multiplied in plain torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,14 +19,18 @@ from pagedcore.execution.torch_ops import TorchOps
 PANEL = 32
 """Outputs of a weight that lie together."""
 
-_ARENA = 1 << 25
-"""Elements of an arena: weights in bfloat16 lie in few large pieces."""
+_ARENA = 1 << 26
+"""Bytes of an arena: weights lie in few large pieces, for which the system has large pages."""
+
+_LINE = 64
+"""Bytes of a line of the cache."""
+
+_LONGEST = 256
+"""Inputs of a group at most, of which 16 bits times 8 are summed in 32 bits."""
 
 _FEW = 12
-"""Rows for which codes are widened in registers; for more, panels are widened once for all."""
-
-_FEWER = 8
-"""The same, where a copy in bfloat16 is at hand: more rows take that."""
+"""Rows that are multiplied with codes as they are; more take a copy in bfloat16 where there is one,
+and otherwise panels that are widened once for all."""
 
 COPIES = 1 << 30
 """Bytes of copies in bfloat16 at most: small models keep one of each weight beside its codes. Many
@@ -39,6 +43,9 @@ class _Panels(Grouped):
 
     `scale` and `minimum` are [P, G, 32], both float16 or both float32; `table` is [32] bfloat16.
     """
+
+    middle: int
+    """What a code counts from; -1 where only the table knows what it stands for."""
 
     outputs: int
     inputs: int
@@ -60,8 +67,7 @@ class GroupedOps(TorchOps):
         if self._device.type != "cpu":
             raise ConfigError(f"backend native runs on a CPU, not on {device!r}")
         self._library: Library = load_library()
-        self._arena = torch.empty(0, dtype=torch.bfloat16)
-        self._sums = torch.empty(0)
+        self._arena = torch.empty(0, dtype=torch.uint8)
         self._left_for_copies = COPIES
 
     def pack_grouped(self, weight: Grouped, dtype: torch.dtype) -> Grouped:
@@ -69,23 +75,26 @@ class GroupedOps(TorchOps):
         per_word = 32 // weight.bits
         if dtype != torch.bfloat16 or weight.group % per_word or weight.float8:
             return super().pack_grouped(weight, dtype)
+        weight = _in_short_groups(weight)
         outputs, inputs = weight.shape
         scale, minimum = weight.scale.float(), _minimum(weight)
         kept = torch.float32
         if _is_half(scale) and (minimum is None or _is_half(minimum)):
             kept = torch.float16
         panels = -(-outputs // PANEL)
-        codes = torch.empty(panels, inputs // per_word, PANEL, dtype=torch.int32)
+        codes = self._take(panels * inputs // per_word * PANEL * 4).view(torch.int32)
+        codes = codes.view(panels, inputs // per_word, PANEL)
         words = weight.codes.view(torch.int32)
         self._library.pack_codes(
             words.data_ptr(), outputs, words.shape[1], weight.bits, codes.data_ptr()
         )
         packed = _Panels(
             codes=codes,
-            scale=_panels(scale.to(kept)),
+            scale=self._panels(scale.to(kept)),
             bits=weight.bits,
-            minimum=None if minimum is None else _panels(minimum.to(kept)),
+            minimum=None if minimum is None else self._panels(minimum.to(kept)),
             table=_table(weight).bfloat16().repeat(2),
+            middle=_middle(weight),
             order=weight.order,
             outputs=outputs,
             inputs=inputs,
@@ -104,6 +113,7 @@ class GroupedOps(TorchOps):
             weight.codes.data_ptr(),
             weight.bits,
             weight.table.data_ptr(),
+            weight.middle,
             weight.scale.data_ptr(),
             None if weight.minimum is None else weight.minimum.data_ptr(),
             weight.scale.dtype == torch.float16,
@@ -115,11 +125,22 @@ class GroupedOps(TorchOps):
 
     def take_room(self, outputs: int, inputs: int) -> Tensor:
         """Memory for a weight [out, in] in panels of bfloat16."""
-        size = -(-outputs // PANEL) * PANEL * inputs
-        if size > len(self._arena):
-            self._arena = torch.empty(max(size, _ARENA), dtype=torch.bfloat16)
-        room, self._arena = self._arena[:size], self._arena[size:]
+        room = self._take(-(-outputs // PANEL) * PANEL * inputs * 2).view(torch.bfloat16)
         return room[: outputs * inputs].view(outputs, inputs)
+
+    def _take(self, size: int) -> Tensor:
+        """So many bytes of an arena."""
+        if size > len(self._arena):
+            self._arena = torch.empty(max(size, _ARENA), dtype=torch.uint8)
+        room, self._arena = self._arena[:size], self._arena[-(-size // _LINE) * _LINE :]
+        return room
+
+    def _panels(self, rows: Tensor) -> Tensor:
+        """[out, n] as [P, n, 32], zeros behind the last output."""
+        padded = rows.new_zeros((-(-len(rows) // PANEL) * PANEL, rows.shape[1]))
+        padded[: len(rows)] = rows
+        room = self._take(padded.nbytes).view(rows.dtype).view(-1, rows.shape[1], PANEL)
+        return room.copy_(padded.view(-1, PANEL, rows.shape[1]).transpose(1, 2))
 
     def grouped_linear(self, x: Tensor, weight: Grouped, bias: Tensor | None = None) -> Tensor:
         """See `QuantizedOps.grouped_linear`."""
@@ -129,10 +150,8 @@ class GroupedOps(TorchOps):
         assert x.dtype == torch.bfloat16
         assert bias is None or bias.dtype == torch.bfloat16
         rows, groups = x.shape[0], weight.scale.shape[1]
-        if rows > _FEWER and weight.copy is not None:
+        if rows > _FEW and weight.copy is not None:
             return self.linear(x, weight.copy, bias)
-        if weight.minimum is not None and _FEW * groups > len(self._sums):
-            self._sums = torch.empty(_FEW * groups)
         assert weight.table is not None
         out = x.new_empty(rows, weight.outputs)
         failed = self._library.grouped(
@@ -142,11 +161,11 @@ class GroupedOps(TorchOps):
             weight.codes.data_ptr(),
             weight.bits,
             weight.table.data_ptr(),
+            weight.middle,
             weight.scale.data_ptr(),
             None if weight.minimum is None else weight.minimum.data_ptr(),
             weight.scale.dtype == torch.float16,
             groups,
-            self._sums.data_ptr(),
             weight.outputs,
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
@@ -157,28 +176,39 @@ class GroupedOps(TorchOps):
         return out
 
 
+def _in_short_groups(weight: Grouped) -> Grouped:
+    """The same weight with no group above _LONGEST inputs: scales are repeated."""
+    if weight.group <= _LONGEST:
+        return weight
+    step = 32 // weight.bits
+    length = next(n for n in range(_LONGEST, 0, -step) if weight.group % n == 0)
+    times = weight.group // length
+    zero, minimum = weight.zero, weight.minimum
+    return replace(
+        weight,
+        scale=weight.scale.repeat_interleave(times, 1),
+        zero=None if zero is None else zero.repeat_interleave(times, 1),
+        minimum=None if minimum is None else minimum.repeat_interleave(times, 1),
+    )
+
+
 def _minimum(weight: Grouped) -> Tensor | None:
-    """What is added to each code times its scale, where codes count as `_table` says."""
-    middle = 2 ** (weight.bits - 1)
-    scale = weight.scale.float()
+    """What is added to each code times its scale, where codes count from zero."""
     if weight.minimum is not None:
-        return weight.minimum if weight.bits == 4 else weight.minimum + middle * scale
-    return None if weight.zero is None else (middle - weight.zero.float()) * scale
+        return weight.minimum
+    return None if weight.zero is None else -weight.zero.float() * weight.scale.float()
+
+
+def _middle(weight: Grouped) -> int:
+    """What codes count from."""
+    if weight.table is not None:
+        return -1
+    return 0 if weight.minimum is not None or weight.zero is not None else 2 ** (weight.bits - 1)
 
 
 def _table(weight: Grouped) -> Tensor:
-    """What codes of 4 bits count [16]; those of 8 bits are signed in the kernel."""
-    if weight.table is not None:
-        return weight.table
-    codes = torch.arange(16.0)
-    return codes if weight.minimum is not None else codes - 8
-
-
-def _panels(rows: Tensor) -> Tensor:
-    """[out, n] as [P, n, 32], zeros behind the last output."""
-    padded = rows.new_zeros((-(-len(rows) // PANEL) * PANEL, rows.shape[1]))
-    padded[: len(rows)] = rows
-    return padded.view(-1, PANEL, rows.shape[1]).transpose(1, 2).contiguous()
+    """What codes of 4 bits count [16]."""
+    return torch.arange(16.0) - _middle(weight) if weight.table is None else weight.table
 
 
 def _is_half(values: Tensor) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from pagedcore.errors import ConfigError
 
 SOURCES = Path(__file__).parent
-NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
+NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma")
 """As /proc/cpuinfo names them."""
 
 _FLAGS = [
@@ -44,8 +44,8 @@ class Library:
         self.pack = self._kernel("pack", "alla")
         self.linear = self._kernel("linear", "allalaai")
         self.pack_codes = self._kernel("pack_codes", "allia")
-        self.widen = self._kernel("widen", "laiaaailla")
-        self.grouped = self._kernel("grouped", "allaiaaailalaal")
+        self.widen = self._kernel("widen", "laiaiaailla")
+        self.grouped = self._kernel("grouped", "allaiaiaaillaal")
         self.rms_norm = self._kernel("rms_norm", "aaafall")
         self.silu_mul = self._kernel("silu_mul", "aall")
         self.rope_and_cache = self._kernel("rope_and_cache", "alllllaliaafaaa")

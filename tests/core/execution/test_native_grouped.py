@@ -37,7 +37,7 @@ def draw(kind, bits, outputs, groups, group, seed=0):
     bits=st.sampled_from([4, 8]),
     outputs=st.integers(1, 100),
     groups=st.integers(1, 5),
-    group=st.sampled_from([8, 16, 32, 96, 128]),
+    group=st.sampled_from([8, 16, 32, 96, 128, 264, 576]),
     tokens=st.one_of(st.integers(1, 20), st.sampled_from([60, 200])),
     bias=st.booleans(),
     copied=st.booleans(),
@@ -80,6 +80,55 @@ def test_what_the_kernel_was_not_made_for_is_left_to_plain_torch(native, dtype, 
     x = torch.randn(3, 2 * group, generator=torch.Generator().manual_seed(4)).to(dtype)
     want = x @ widen_grouped(weight, dtype).T
     torch.testing.assert_close(native.grouped_linear(x, packed), want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS[:-1]),
+    bits=st.sampled_from([4, 8]),
+    outputs=st.integers(1, 70),
+    groups=st.integers(1, 4),
+    group=st.sampled_from([8, 24, 32, 96, 128, 256]),
+    tokens=st.integers(1, 12),
+    size=st.sampled_from([1e-25, 1.0, 1e30]),
+)
+def test_few_rows_lose_less_than_a_number_of_16_bits(
+    native, kind, bits, outputs, groups, group, tokens, size
+):
+    """Each input is off by at most half of a whole number, 2^-16 of its group's magnitude."""
+    weight = draw(kind, bits, outputs, groups, group)
+    random = torch.Generator().manual_seed(1)
+    x = (torch.randn(tokens, groups * group, generator=random) * size).to(BF16)
+    native._left_for_copies = 0
+    got = native.grouped_linear(x, native.pack_grouped(weight, BF16)).double()
+    exact = x.double() @ widen_grouped(weight, torch.float32).double().T
+    codes = 2.0**bits * weight.scale.double()
+    if weight.minimum is not None:
+        codes += weight.minimum.double().abs()
+    largest = x.double().abs().view(tokens, groups, group).amax(-1)
+    lost = group * largest @ codes.T
+    assert ((got - exact).abs() <= exact.abs() * 2.0**-8 + lost * (2.0**-16 + 2.0**-20)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_become_nan(native, bits, bad):
+    native._left_for_copies = 0
+    packed = native.pack_grouped(draw("symmetric", bits, 40, 3, 32), BF16)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(5)).to(BF16)
+    want = native.grouped_linear(x, packed)
+    x[1, 70] = bad
+    got = native.grouped_linear(x, packed)
+    assert got[1].isnan().all()
+    assert torch.equal(got[::2], want[::2])
+
+
+def test_a_row_of_zeros_stays_zero(native):
+    native._left_for_copies = 0
+    packed = native.pack_grouped(draw("minima", 4, 40, 3, 32), BF16)
+    x = torch.zeros(2, 96, dtype=BF16)
+    x[1] = 1e-38
+    assert not native.grouped_linear(x, packed).any()
 
 
 def test_copies_end_with_their_budget(native):
