@@ -39,6 +39,7 @@ from pagedcore.execution.expert_ops import Clamp, Experts
 from pagedcore.execution.quantized import Grouped, rows_of
 from pagedcore.execution.torch_experts import OneExpert
 from pagedcore.execution.torch_quantized import widen_grouped
+from pagedcore_kernels.expert_plans import ExpertPlan, choose_plan
 from pagedcore_kernels.expert_tiles import Assignments, combine, sort_assignments
 from pagedcore_kernels.packed_experts_kernel import packed_experts_kernel
 from pagedcore_kernels.packed_layout import POWERS, ROWS, Packed, pack, unpack
@@ -47,17 +48,6 @@ from pagedcore_kernels.packed_widen import format_of
 
 WIDE_BM = 16
 """Assignments of a tile in float32, which is multiplied without tensor cores."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertPlan:
-    """Each program takes bn outputs of bm assignments; `scaled` multiplies weights, not sums."""
-
-    bm: int
-    bn: int
-    num_warps: int
-    num_stages: int
-    scaled: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -167,20 +157,6 @@ def _take_expert(stack: Tensor | Grouped, e: int, num_experts: int) -> Grouped:
             num_outputs=rows,
         )
     )
-
-
-def choose_plan(num_assignments: int, num_experts: int) -> ExpertPlan:
-    """A plan by how many assignments an expert has: tiles are small while they are few."""
-    per_expert = num_assignments / num_experts
-    if per_expert <= 2:
-        return ExpertPlan(8, 32, 4, 6)
-    if per_expert <= 8:
-        return ExpertPlan(16, 64, 4, 5)
-    if per_expert <= 24:
-        return ExpertPlan(32, 128, 4, 4)
-    if per_expert <= 64:
-        return ExpertPlan(64, 128, 4, 4, scaled=True)
-    return ExpertPlan(128, 128, 8, 4, scaled=True)
 
 
 def moe(

@@ -12,8 +12,9 @@ from triton.runtime.jit import JITFunction
 
 from pagedcore.execution.expert_ops import Clamp, Experts
 from pagedcore.execution.quantized import Grouped
+from pagedcore_kernels.expert_plans import ExpertPlan, choose_plan
 from pagedcore_kernels.packed_codes import E2M1
-from pagedcore_kernels.packed_experts import ExpertPlan, choose_plan, moe, pack_experts
+from pagedcore_kernels.packed_experts import moe, pack_experts
 from pagedcore_kernels.packed_layout import POWERS
 
 
