@@ -264,7 +264,9 @@ class TritonOps(LinearOps, LatentOps):
     def moe(self, x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
         """See `Ops.moe`."""
         if isinstance(experts, packed_experts.PackedExperts):
-            return packed_experts.moe(x, weights, chosen, experts)
+            return packed_experts.moe(
+                x, weights, chosen, experts, shared_memory=self._shared_memory
+            )
         return mixtures.moe(x, weights, chosen, experts)
 
     @with_fallback

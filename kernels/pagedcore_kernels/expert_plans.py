@@ -1,7 +1,13 @@
 """How products with packed experts are cut, by how many assignments an expert has."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+SHARED_MEMORY = 232_448
+"""Of one program on a Hopper GPU."""
+
+MIN_BM = 8
+"""Of a product on tensor cores, where the weight is its left factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,21 @@ def choose_plan(num_assignments: int, num_experts: int) -> ExpertPlan:
     if per_expert <= 64:
         return ExpertPlan(64, 128, 4, 4, scaled=True)
     return ExpertPlan(128, 128, 8, 4, scaled=True)
+
+
+def fit(plan: ExpertPlan, of_weight: int, of_rows: int, shared_memory: int) -> ExpertPlan:
+    """The plan, with as many stages and assignments as shared memory has room for.
+
+    A block has `of_weight` bytes for each output, and `of_rows` for each assignment.
+    """
+    while plan.num_stages * (plan.bn * of_weight + plan.bm * of_rows) > shared_memory:
+        if plan.num_stages > 2:
+            plan = replace(plan, num_stages=plan.num_stages - 1)
+        elif plan.bm > MIN_BM:
+            plan = replace(plan, bm=plan.bm // 2)
+        else:
+            break
+    return plan
 
 
 def candidate_plans(num_assignments: int, num_experts: int) -> Iterator[ExpertPlan]:

@@ -39,7 +39,7 @@ from pagedcore.execution.expert_ops import Clamp, Experts
 from pagedcore.execution.quantized import Grouped, rows_of
 from pagedcore.execution.torch_experts import OneExpert
 from pagedcore.execution.torch_quantized import widen_grouped
-from pagedcore_kernels.expert_plans import ExpertPlan, choose_plan
+from pagedcore_kernels.expert_plans import SHARED_MEMORY, ExpertPlan, choose_plan, fit
 from pagedcore_kernels.expert_tiles import Assignments, combine, sort_assignments
 from pagedcore_kernels.packed_experts_kernel import packed_experts_kernel
 from pagedcore_kernels.packed_layout import POWERS, ROWS, Packed, pack, unpack
@@ -165,6 +165,8 @@ def moe(
     chosen: Tensor,
     experts: PackedExperts,
     plan: ExpertPlan | None = None,
+    *,
+    shared_memory: int = SHARED_MEMORY,
 ) -> Tensor:
     """Mix the chosen experts of each token; see the head of this file for the shapes."""
     num_experts, h, f = experts.shape
@@ -174,6 +176,11 @@ def moe(
     plan = plan or choose_plan(total, num_experts)
     if x.dtype == torch.float32 and plan.bm > WIDE_BM:
         plan = ExpertPlan(WIDE_BM, 32, 4, 2)
+    for stack in (experts.gate_up, experts.down):
+        assert isinstance(stack, Packed)
+        copied = 3 if stack.zero is None else 5  # zeros are copied by the compiler
+        of_weight = stack.block_bytes * copied // 3
+        plan = fit(plan, of_weight, 4 * stack.quarter * x.itemsize, shared_memory)
     tiles = sort_assignments(chosen, num_experts)
     act = torch.empty(total, f, dtype=x.dtype, device=device)
     part = torch.empty(total, h, dtype=x.dtype, device=device)

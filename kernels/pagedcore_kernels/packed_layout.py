@@ -121,7 +121,7 @@ def pack(weight: Grouped, quarter: int | None = None) -> Packed | None:
             return functional.pad(values.view(torch.uint8), missing).view(POWERS)
         return functional.pad(values, missing)
 
-    scale = padded(weight.scale.float() if is_whole else weight.scale)
+    scale = padded(_scale_of_numbers(weight, is_whole))
     return Packed(
         codes=_pack_codes(weight, quarter),
         scale=_pack_scales(scale),
@@ -169,6 +169,20 @@ def unpack(weight: Packed) -> Grouped:
 
 
 _SHORT = (torch.float16, torch.bfloat16)
+
+
+def _scale_of_numbers(weight: Grouped, is_whole: bool) -> Tensor:
+    """The scale, NaN where a code of its group is that of NaN, which kernels take for a number."""
+    scale = weight.scale.float() if is_whole or weight.float8 else weight.scale
+    if not weight.float8 or scale.is_meta:
+        return scale
+    scale = scale.clone()
+    step = max(1, _PIECE // weight.shape[1])
+    for first in range(0, len(scale), step):
+        codes = weight.codes[first : first + step]
+        is_nan = (codes & 127 == 127).view(len(codes), scale.shape[1], -1).any(-1)
+        scale[first : first + step].masked_fill_(is_nan, torch.nan)
+    return scale
 
 
 def _pack_codes(weight: Grouped, quarter: int) -> Tensor:

@@ -281,8 +281,7 @@ CASES = {
                 "attention_bias": False,
             },
         },
-        notes="sinks; experts in MXFP4 are widened while loading; "
-        "blocks that a window has left are freed",
+        notes="sinks; experts in MXFP4 stay packed; blocks that a window has left are freed",
     ),
     "DeepseekV2ForCausalLM": ModelCase(
         family="DeepSeek-V2, V2-Lite, V2.5",

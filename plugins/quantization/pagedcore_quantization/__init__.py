@@ -5,9 +5,10 @@ stored.py        float8 weights of a checkpoint: fp8, fbgemm_fp8, and a part of 
 compressed.py    compressed-tensors: floats, whole numbers or packed words, as schemes.py reads
 gptq.py, awq.py  codes of 4 or 8 bits in words
 bitsandbytes.py  NF4, FP4 and INT8, without that library
-mxfp4.py         experts of GPT-OSS in 4 bits, widened while loading
+mxfp4.py         experts of GPT-OSS in 4 bits
 gguf.py          blocks of GGUF files, kept as they are
-packed.py        what formats of few bits share: parts become a matrix, experts are widened
+packed.py        what formats of few bits share: parts become a matrix
+experts.py       experts of a layer become one weight, or are widened
 writers.py       matrices in these formats, for `pagedcore quantize`
 int8.py          whole numbers on both sides of a product
 formats.py       the quantization_config that a checkpoint has
