@@ -35,7 +35,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
-from pagedcore.execution.expert_ops import Clamp, Experts
+from pagedcore.execution.expert_ops import Clamp, Experts, Matrices
 from pagedcore.execution.quantized import Grouped, rows_of
 from pagedcore.execution.torch_experts import OneExpert
 from pagedcore.execution.torch_quantized import widen_grouped
@@ -67,7 +67,7 @@ class PackedExperts(Experts):
 def pack_experts(experts: Experts, dtype: torch.dtype) -> Experts:
     """Experts for `moe`; in `dtype`, as tensors, where their groups have no layout."""
     gate_up, down = experts.gate_up, experts.down
-    if isinstance(gate_up, Tensor) or isinstance(down, Tensor):
+    if not isinstance(gate_up, Grouped) or not isinstance(down, Grouped):
         return experts
     num_experts, h, f = experts.shape
     in_turn = torch.arange(2 * f, device=gate_up.codes.device).view(2, f).t().flatten()
@@ -137,7 +137,7 @@ def unpack_expert(experts: PackedExperts, e: int, dtype: torch.dtype) -> OneExpe
     )
 
 
-def _take_expert(stack: Tensor | Grouped, e: int, num_experts: int) -> Grouped:
+def _take_expert(stack: Matrices, e: int, num_experts: int) -> Grouped:
     assert isinstance(stack, Packed)
     rows = stack.num_outputs // num_experts
     own = slice(e * rows, (e + 1) * rows)
@@ -206,7 +206,7 @@ def moe(
 
 def _multiply(
     x: Tensor,
-    stack: Tensor | Grouped,
+    stack: Matrices,
     bias: Tensor | None,
     out: Tensor,
     tiles: Assignments,

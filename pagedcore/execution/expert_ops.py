@@ -3,6 +3,7 @@
 T tokens   E experts   C experts chosen per token   F expert width   h hidden size
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,19 +51,23 @@ class Clamp:
     limit: float
 
 
+Matrices = Tensor | Grouped | Sequence[Grouped]
+"""One of each expert."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Experts:
     """E gated MLPs: expert e is down[e] (silu(gate x) * up x), unless `clamp` says otherwise.
 
     Both matrices are tensors, or both are weights of few bits: then those of all experts are one,
-    below each other, and inputs stand in their order.
+    below each other, and inputs stand in their order. A backend may make one for each expert.
     """
 
-    gate_up: Tensor | Grouped
-    """[E, 2F, h], the gate's rows first; or [E * 2F, h]."""
+    gate_up: Matrices
+    """[E, 2F, h], the gate's rows first; or [E * 2F, h]; or E of [2F, h]."""
 
-    down: Tensor | Grouped
-    """[E, h, F]; or [E * h, F]."""
+    down: Matrices
+    """[E, h, F]; or [E * h, F]; or E of [h, F]."""
 
     gate_up_bias: Tensor | None = None
     """[E, 2F]"""
@@ -76,9 +81,14 @@ class Experts:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, h, F)."""
-        h, f = self.gate_up.shape[-1], self.down.shape[-1]
-        rows = self.down.shape[0]
-        return (rows if isinstance(self.down, Tensor) else rows // h), h, f
+        if isinstance(self.down, Tensor):
+            num, h, f = self.down.shape
+            return num, h, f
+        if isinstance(self.down, Grouped):
+            assert isinstance(self.gate_up, Grouped)
+            h = self.gate_up.shape[1]
+            return self.down.shape[0] // h, h, self.down.shape[1]
+        return len(self.down), *self.down[0].shape
 
 
 class ExpertOps(Protocol):

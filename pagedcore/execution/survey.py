@@ -250,7 +250,7 @@ def _widest(parts: list[object], hidden_size: int) -> int:
         if isinstance(part, Routing):
             chosen = part.num_chosen
         elif isinstance(part, Experts):
-            rows = chosen * part.down.shape[-1]  # of a token, once through each of its experts
+            rows = chosen * part.shape[2]  # of a token, once through each of its experts
             products += [(hidden_size, rows), (0, (chosen + 1) * hidden_size)]  # and their sum
         elif hasattr(part, "in_features") and hasattr(part, "out_features"):
             products.append((int(part.in_features), int(part.out_features)))

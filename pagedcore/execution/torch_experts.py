@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagedcore.execution.expert_ops import Clamp, Experts, Routing
+from pagedcore.execution.expert_ops import Clamp, Experts, Matrices, Routing
 from pagedcore.execution.quantized import Grouped, rows_of
-from pagedcore.execution.torch_quantized import widen_grouped
 
 
 @dataclass(slots=True)
 class OneExpert:
     """A gated MLP: gate_up [2F, h], the gate's rows first, and down [h, F], with their biases."""
 
-    gate_up: Tensor
+    gate_up: Tensor | Grouped
     gate_up_bias: Tensor | None
-    down: Tensor
+    down: Tensor | Grouped
     down_bias: Tensor | None
 
 
@@ -31,6 +30,10 @@ class TorchExpertOps(ABC):
     @abstractmethod
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See `Ops.silu_mul`."""
+
+    @abstractmethod
+    def grouped_linear(self, x: Tensor, weight: Grouped, bias: Tensor | None = None) -> Tensor:
+        """See `QuantizedOps.grouped_linear`."""
 
     def route(
         self, router_logits: Tensor, routing: Routing, bias: Tensor | None = None
@@ -52,12 +55,12 @@ class TorchExpertOps(ABC):
         return experts
 
     def one_expert(self, experts: Experts, e: int, dtype: torch.dtype) -> OneExpert:
-        """What expert e multiplies with, of few bits widened to `dtype`."""
+        """What expert e multiplies rows of `dtype` with."""
         gate_up_bias, down_bias = experts.gate_up_bias, experts.down_bias
         return OneExpert(
-            _matrix(experts.gate_up, e, 2 * experts.shape[2], dtype),
+            _matrix(experts.gate_up, e, 2 * experts.shape[2]),
             None if gate_up_bias is None else gate_up_bias[e],
-            _matrix(experts.down, e, experts.shape[1], dtype),
+            _matrix(experts.down, e, experts.shape[1]),
             None if down_bias is None else down_bias[e],
         )
 
@@ -67,19 +70,24 @@ class TorchExpertOps(ABC):
         for e in sorted(set(chosen.flatten().tolist())):
             token, choice = torch.where(chosen == e)
             one = self.one_expert(experts, e, x.dtype)
-            gate_up = functional.linear(x[token], one.gate_up, one.gate_up_bias)
+            gate_up = self._times(x[token], one.gate_up, one.gate_up_bias)
             clamp = experts.clamp
             inner = self.silu_mul(gate_up) if clamp is None else clamped_mul(gate_up, clamp)
-            out = functional.linear(inner, one.down, one.down_bias).float()
+            out = self._times(inner, one.down, one.down_bias).float()
             mixed.index_add_(0, token, out.mul_(weights[token, choice, None]))
         return mixed.to(x.dtype)
 
+    def _times(self, x: Tensor, matrix: Tensor | Grouped, bias: Tensor | None) -> Tensor:
+        if isinstance(matrix, Tensor):
+            return functional.linear(x, matrix, bias)
+        return self.grouped_linear(x, matrix, bias)
 
-def _matrix(stack: Tensor | Grouped, e: int, rows: int, dtype: torch.dtype) -> Tensor:
+
+def _matrix(stack: Matrices, e: int, rows: int) -> Tensor | Grouped:
     """The matrix [rows, in] of expert e."""
-    if isinstance(stack, Tensor):
-        return stack[e]
-    return widen_grouped(rows_of(stack, slice(e * rows, (e + 1) * rows)), dtype)
+    if isinstance(stack, Grouped):
+        return rows_of(stack, slice(e * rows, (e + 1) * rows))
+    return stack[e]
 
 
 def clamped_mul(gate_up: Tensor, clamp: Clamp) -> Tensor:

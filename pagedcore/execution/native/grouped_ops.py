@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pagedcore.errors import ConfigError
+from pagedcore.execution.expert_ops import Experts, Matrices
 from pagedcore.execution.native.library import Library, load_library
-from pagedcore.execution.quantized import Grouped
+from pagedcore.execution.quantized import Grouped, rows_of
 from pagedcore.execution.torch_ops import TorchOps
 
 PANEL = 32
@@ -103,6 +104,21 @@ class GroupedOps(TorchOps):
             self._left_for_copies -= 2 * outputs * inputs
             packed.copy = self._widen(packed)
         return packed
+
+    def pack_experts(self, experts: Experts, dtype: torch.dtype) -> Experts:
+        """See `ExpertOps.pack_experts`: each expert has weights of its own."""
+        num, h, width = experts.shape
+
+        def packed(stack: Matrices, rows: int) -> list[Grouped]:
+            assert isinstance(stack, Grouped)
+            ends = [(e * rows, (e + 1) * rows) for e in range(num)]
+            return [self.pack_grouped(rows_of(stack, slice(*end)), dtype) for end in ends]
+
+        if not isinstance(experts.gate_up, Grouped):
+            return experts
+        return replace(
+            experts, gate_up=packed(experts.gate_up, 2 * width), down=packed(experts.down, h)
+        )
 
     def _widen(self, weight: _Panels) -> Tensor:
         """The weight in bfloat16, as `pack_linear` leaves one."""
