@@ -38,6 +38,9 @@ PEER = {  # vLLM 0.26.0 on one H200, tokens per second (prefill: of the prompts)
     "qwen3-30b-a3b": dict(nano=5962, b1=238.5, b32=1540, b256=10885, prefill=63886),
     "gemma-2-9b": {},  # not measured yet
     "gpt-oss-20b": {},
+    "gpt-oss-20b-mxfp4": {},
+    "qwen3-30b-a3b-w4": {},
+    "qwen3-30b-a3b-fp8-block": {},
     "deepseek-v2-lite": {},
 }
 

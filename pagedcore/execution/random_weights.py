@@ -17,12 +17,16 @@ from pagedcore.execution.shard import Share
 DEVIATION = 0.02
 """Standard deviation of all weights: what most models are initialised with."""
 
+EXPONENTS = 119, 122
+"""Powers of two, plus 127, that count float4: from the first to before the second."""
+
 
 class RandomWeights:
     """`Weights` that hold any tensor, drawn from N(0, 0.02); the weights of norms from N(1, 0.02).
 
     A tensor depends on its name and the seed, not on the order of the calls, and on the kind of
-    device. Whole numbers, which quantized formats ask for, are uniform.
+    device. Whole numbers, which quantized formats ask for, are uniform; exponents, whose names end
+    in `_scales`, let numbers of float4 be about as large as others.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
@@ -69,7 +73,10 @@ class RandomWeights:
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
         generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest[:6], "little"))
         if not tensor.is_floating_point():
-            tensor.random_(generator=generator)
+            if name.endswith("_scales"):
+                tensor.random_(*EXPONENTS, generator=generator)
+            else:
+                tensor.random_(generator=generator)
             return
         is_norm = name.endswith("norm.weight") or (tensor.ndim == 1 and name.endswith(".weight"))
         mean = 1.0 if is_norm else 0.0

@@ -55,3 +55,10 @@ def test_on_meta_nothing_is_drawn_and_bytes_are_counted(tmp_path):
 def test_a_config_that_tells_no_type_means_float32(tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert RandomCheckpoint(tmp_path, seed=0).dtype == torch.float32
+
+
+def test_exponents_let_float4_be_about_as_large_as_other_numbers():
+    weights = RandomWeights(torch.float32, torch.device("cpu"), 0)
+    scales = weights.take("x.down_proj_scales", (500,), dtype=torch.uint8)
+    assert set(scales.tolist()) == {119, 120, 121}
+    assert weights.take("x.down_proj_blocks", (500,), dtype=torch.uint8).max() > 200
