@@ -18,7 +18,7 @@ from pagedcore.execution.expert_ops import Experts, Routing
 from pagedcore.execution.kv_formats import as_is
 from pagedcore.execution.lora_ops import NO_ADAPTER, AdapterStep, LoraWeights
 from pagedcore.execution.ops import LayerCache, Ops, QKNorm, RopeTable, SamplingTensors
-from pagedcore.execution.quantized import FLOAT8
+from pagedcore.execution.quantized import FLOAT8, Grouped
 from pagedcore.execution.torch_ops import TorchOps
 from pagedcore.testing.backend_steps import DrawnStep, draw_step
 from pagedcore.testing.checks import Check
@@ -198,6 +198,19 @@ def _experts(ops: Ops, plain: Ops, draw: Draw) -> Pairs:
     yield "the weights of route", got_weights, rounded
     mixed = ops.moe(x, weights, chosen, Experts(gate_up=up, down=down))
     yield "moe", mixed, plain.moe(x32, weights, chosen, Experts(gate_up=up32, down=down32))
+    few_bits = Experts(
+        gate_up=_codes(draw, experts * 2 * width, h), down=_codes(draw, experts * h, width)
+    )
+    wanted = plain.moe(x32, weights, chosen, few_bits)
+    mixed = ops.moe(x, weights, chosen, ops.pack_experts(few_bits, draw.dtype))
+    yield "moe of packed experts", mixed, wanted
+
+
+def _codes(draw: Draw, rows: int, columns: int) -> Grouped:
+    """A weight [rows, columns] of 4 bits in groups of 16."""
+    codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, generator=draw.generator)
+    scale = (_rand(draw, rows, columns // 16) + 0.5) / (4 * columns**0.5)
+    return Grouped(codes, scale, 4)
 
 
 def _adapters(ops: Ops, plain: Ops, draw: Draw) -> Pairs:
