@@ -86,6 +86,8 @@ def _attend(
             scores = tl.where(visible, scores, -1e30)
         new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
         probs = tl.exp2(scores * scale - new_peak[:, None])
+        if MASKED:  # where a row sees nothing, the difference above is what a product is rounded by
+            probs = tl.where(visible, probs, 0.0)
     factor = tl.exp2(peak - new_peak)
     weight = weight * factor + tl.sum(probs, 1)
     total = total * factor[:, None]

@@ -28,7 +28,7 @@ def kept(cache, codes, scale):
     return cache.kv_format.decode(codes, scale, torch.float64).cpu()
 
 
-def reference(step, soft_cap=None, sinks=None):
+def reference(step, soft_cap=None, sinks=None, scale=SCALE):
     """Float64, one token and one head at a time."""
     batch, cache = step.batch, step.cache
     head_dim, block_size = cache.spec.head_dim, cache.block_size
@@ -52,7 +52,7 @@ def reference(step, soft_cap=None, sinks=None):
                 continue
             block, offset = table[seen // block_size].long(), seen % block_size
             for head in range(step.num_heads):
-                scores = keys[block, head // group, offset] @ queries[t, head] * SCALE
+                scores = keys[block, head // group, offset] @ queries[t, head] * scale
                 if soft_cap is not None:
                     scores = soft_cap * torch.tanh(scores / soft_cap)
                 if sinks is not None:
@@ -62,16 +62,16 @@ def reference(step, soft_cap=None, sinks=None):
     return out.flatten(1)
 
 
-def attend(ops, step, soft_cap=None, sinks=None):
+def attend(ops, step, soft_cap=None, sinks=None, scale=SCALE):
     ops.begin_step(step.batch)
-    return ops.attention(step.qkv, step.num_heads, SCALE, step.cache, step.batch, soft_cap, sinks)
+    return ops.attention(step.qkv, step.num_heads, scale, step.cache, step.batch, soft_cap, sinks)
 
 
-def assert_right(step, soft_cap=None, make_ops=TritonOps, sinks=None):
-    got = attend(make_ops(str(step.qkv.device)), step, soft_cap, sinks)
+def assert_right(step, soft_cap=None, make_ops=TritonOps, sinks=None, scale=SCALE):
+    got = attend(make_ops(str(step.qkv.device)), step, soft_cap, sinks, scale)
     assert got.dtype == step.qkv.dtype
     assert got.is_contiguous()
-    want = reference(step, soft_cap, sinks)
+    want = reference(step, soft_cap, sinks, scale)
     error = (got.double().cpu() - want).norm() / want.norm()
     assert error < LIMITS[step.qkv.dtype]
 
@@ -295,6 +295,21 @@ def test_every_head_size_and_type_on_the_gpu(dtype, head_dim):
     lengths = [(1, 1), (1, 1000), (1, 64), (1, 65), (200, 200), (17, 300)]
     step = make_step(lengths, head_dim=head_dim, block_size=64, dtype=dtype, device="cuda")
     assert_right(step)
+
+
+@on_gpu
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_query_may_see_nothing_of_a_tile_on_the_gpu(head_dim, dtype, with_sinks):
+    # Where multiplication and addition are one instruction, which the interpreter has not.
+    step = make_step(
+        [(1, 1), (1, 300), (275, 275), (70, 300)], num_heads=8, num_kv_heads=1, head_dim=head_dim,
+        block_size=64, window=128, dtype=dtype, device="cuda",
+    )  # fmt: skip
+    for scale in (SCALE, head_dim**-0.5, 0.1, 1.0):
+        sinks = torch.randn(8, device="cuda") if with_sinks else None
+        assert_right(step, sinks=sinks, scale=scale)
 
 
 @on_gpu
