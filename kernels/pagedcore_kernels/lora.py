@@ -22,8 +22,9 @@ from pagedcore_kernels.dependent import can_depend
 _RUN = 64
 """Tokens at a time of longer runs."""
 
-_PIECE = 4096
-"""Elements of an adapter that a program of a single token holds at a time."""
+_PIECE = 16384
+"""Elements of an adapter that a program of a single token holds at a time: for the product with A;
+that with B takes half. Smaller ones were faster alone, and slower between other kernels."""
 
 _FEWEST_INPUTS = 1024
 """Of a part of the inputs: shorter ones take longer to add up than they gain."""
@@ -236,7 +237,7 @@ def _add_single(y: Tensor, x: Tensor, weights: LoraWeights, slots: Tensor, num_s
         DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
     )  # fmt: skip
     ranks_at_once = _power_of_two_in(rank, 64)
-    block_n = _PIECE // ranks_at_once
+    block_n = _PIECE // 2 // ranks_at_once
     tiles = sum(triton.cdiv(width, block_n) for width in weights.widths)
     _expand_single[num_single, tiles](
         y, weights.b, inner, slots, weights.present, weights.part_widths, y.stride(0),

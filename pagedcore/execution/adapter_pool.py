@@ -6,7 +6,7 @@ The pool is made before the model; layers that the model makes with an `AdaptedQ
 share of it, whatever format their own weights have. All adapters of a layer lie in one tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,8 @@ class AdapterPool:
         """Of the step that runs; None where nobody has an adapter."""
         self.is_sealed = False
         """Whether the model is complete."""
+        self.adapted_layers = 0
+        """Number of the set of layers that adapters change: it grows when the set does."""
         self._num_slots = num_slots
         self._rank = -(-max_rank // RANK_MULTIPLE) * RANK_MULTIPLE
         self._parts: dict[str, _Part] = {}
@@ -90,6 +92,15 @@ class AdapterPool:
     def drop(self, weights: LoraWeights) -> None:
         """This layer can have no adapter after all."""
         self._parts = {n: part for n, part in self._parts.items() if part.weights is not weights}
+
+    def adapt(self, names: Iterable[str]) -> None:
+        """An adapter of these parts has come: their layers are no longer those of the model."""
+        layers = [self._parts[name].weights for name in names]
+        if all(weights.is_adapted for weights in layers):
+            return
+        for weights in layers:
+            weights.is_adapted = True
+        self.adapted_layers += 1
 
     def place(self, slot: int, key: str, matrices: Mapping[str, AdapterMatrices]) -> None:
         """Copy an adapter, which `key` identifies, into a slot; nothing if it is there already.
@@ -134,7 +145,8 @@ class AdaptedLinear:
         step = self._pool.step
         if step is not None:
             assert isinstance(x, Tensor), "nobody asked for 8 bits"
-            self._ops.add_lora(y, x, self._weights, step)
+            if self._weights.is_adapted:
+                self._ops.add_lora(y, x, self._weights, step)
         elif not self._pool.is_sealed:  # the matrix becomes part of others while they are made
             self._pool.drop(self._weights)
             self._weights = None

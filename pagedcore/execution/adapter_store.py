@@ -55,6 +55,7 @@ class AdapterStore:
     def add(self, name: str, adapter: Adapter, path: str = "") -> None:
         """Give an adapter that was read or made a name, which must be free."""
         self._adapters.setdefault(adapter.key, adapter)
+        self._pool.adapt(adapter.matrices)
         self._keys[name], self._paths[name] = adapter.key, path
 
     def unload(self, name: str, in_use: Collection[str] = ()) -> bool:
@@ -72,6 +73,11 @@ class AdapterStore:
     def listed(self) -> dict[str, str]:
         """Folders by name, in the order in which they were loaded."""
         return dict(self._paths)
+
+    @property
+    def adapted_layers(self) -> int:
+        """See `AdapterPool`."""
+        return self._pool.adapted_layers
 
     def begin_step(self, plan: StepPlan) -> bool:
         """Bring the adapters of rows that start to the device, unless they are there already.

@@ -7,6 +7,7 @@ Only what has changed is uploaded, in copies that nothing waits for.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from pagedcore.execution.logits import upload
 from pagedcore.execution.lora_ops import NO_ADAPTER
 from pagedcore.step import Admission, Int32
+
+if TYPE_CHECKING:
+    from pagedcore.execution.adapter_store import AdapterStore
 
 
 class DeviceState:
@@ -28,7 +32,7 @@ class DeviceState:
         num_groups: int,
         max_blocks: int,
         device: torch.device,
-        has_adapters: bool = False,
+        adapters: "AdapterStore | None" = None,
     ) -> None:
         self.padding_row = num_rows
         """R: the row that no sequence has."""
@@ -44,10 +48,16 @@ class DeviceState:
         """[G, R + 1, M] int32."""
         self.adapter_slots: Tensor | None = None
         """[R + 1] int32: where each row's adapter lies, or NO_ADAPTER; None without adapters."""
-        if has_adapters:
+        self._adapters = adapters
+        if adapters is not None:
             self.adapter_slots = torch.full(
                 (num_rows + 1,), NO_ADAPTER, dtype=torch.int32, device=device
             )
+
+    @property
+    def adapted_layers(self) -> int:
+        """Number of the set of layers that adapters change; 0 before the first has come."""
+        return 0 if self._adapters is None else self._adapters.adapted_layers
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Write what is known of rows that start."""

@@ -138,7 +138,7 @@ class Executor:
             num_groups=len(groups),
             max_blocks=-(-(max_model_len + 1) // block_size),
             device=device,
-            has_adapters=adapters is not None,
+            adapters=adapters,
         )
         self.adapters = adapters
         """What requests may choose by name; None without room for any."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pagedcore.execution.batch import PackedPlan, pack, pad_sequences, pad_tokens, unpack
 from pagedcore.execution.device_state import DeviceState
-from pagedcore.execution.graphs import DrawKind, ExtendStep, GraphRecorder
+from pagedcore.execution.graphs import DrawKind, ExtendStep, GraphRecorder, drop_stale
 from pagedcore.execution.logits import upload
 from pagedcore.execution.ops import Ops
 from pagedcore.step import StepPlan
@@ -36,7 +36,7 @@ class _Key:
     num_single: int
     num_tokens: int
     kind: DrawKind
-    has_adapters: bool = False
+    adapted_layers: int = 0
 
     @property
     def num_seqs(self) -> int:
@@ -73,7 +73,7 @@ class ExtendGraphs:
         self._uses: Counter[_Key] = Counter()
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
         self._ahead = [
-            _Key(n, tokens, kind, has_adapters)
+            (n, tokens, kind, has_adapters)
             for n in self._singles
             for has_adapters in ([False] if state.adapter_slots is None else [False, True])
             for kind in (DrawKind.PLAIN, DrawKind.GREEDY)
@@ -94,7 +94,7 @@ class ExtendGraphs:
         """Start a step that `suits`; None: not captured. The result is as `DecodeGraphs.run`'s."""
         num_single, num_seqs = plan.num_single, len(plan.rows)
         num_tokens = plan.num_tokens - num_single
-        key = _Key(
+        key = self._key(
             next(n for n in self._singles if n >= num_single),
             next(n for n in self._tokens if n >= num_tokens),
             kind,
@@ -118,11 +118,16 @@ class ExtendGraphs:
     def capture_next(self) -> bool:
         """Capture one more in advance; False when there is none left."""
         while self._ahead:
-            key = self._ahead.pop(0)
-            if key not in self._graphs:
+            num_single, num_tokens, kind, has_adapters = self._ahead.pop(0)
+            key = self._key(num_single, num_tokens, kind, has_adapters)
+            if key not in self._graphs and bool(key.adapted_layers) == has_adapters:
                 self._capture(key)
                 return True
         return False
+
+    def _key(self, num_single: int, num_tokens: int, kind: DrawKind, has_adapters: bool) -> _Key:
+        adapted_layers = self._state.adapted_layers if has_adapters else 0
+        return _Key(num_single, num_tokens, kind, adapted_layers)
 
     def _padded(self, plan: StepPlan, key: _Key) -> PackedPlan:
         padding_row = self._state.padding_row
@@ -134,6 +139,7 @@ class ExtendGraphs:
         self._values[: len(packed.values)].copy_(upload(packed.values, self._values.device))
 
     def _capture(self, key: _Key) -> torch.cuda.CUDAGraph | None:
+        drop_stale(self._graphs, key)
         empty = np.zeros(0, np.int32)
         packed = self._padded(StepPlan(empty, empty, empty, np.zeros(0, np.bool_), 0), key)
         self._write(packed)
@@ -153,7 +159,7 @@ class ExtendGraphs:
             num_single=key.num_single,
             max_query_len=key.num_tokens,
             max_context_len=state.tokens.shape[1] - 1,
-            has_adapters=key.has_adapters,
+            has_adapters=key.adapted_layers > 0,
         )
         drawn, logits = self._step(step, key.kind)
         positions = step.num_known - 1

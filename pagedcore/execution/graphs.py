@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -41,8 +41,8 @@ class DecodeKey(NamedTuple):
 
     size: int
     kind: DrawKind
-    has_adapters: bool = False
-    """Whether tokens may have adapters: without any, they cost nothing."""
+    adapted_layers: int = 0
+    """The layers that tokens' adapters may change, see `DeviceState`; 0 without any adapter."""
 
 
 class DecodeStep(Protocol):
@@ -101,6 +101,27 @@ class GraphRecorder:
         return graph
 
 
+class AdaptedKey(Protocol):
+    """The part of a graph's key that says which adapters it was captured with."""
+
+    @property
+    def adapted_layers(self) -> int:
+        """See `DecodeKey`."""
+        ...
+
+
+Key = TypeVar("Key", bound=AdaptedKey)
+
+
+def drop_stale(graphs: dict[Key, torch.cuda.CUDAGraph], key: Key) -> None:
+    """Free the graphs of fewer adapted layers than `key` has: no step will ask for them."""
+    stale = [other for other in graphs if 0 < other.adapted_layers < key.adapted_layers]
+    if stale:
+        torch.cuda.synchronize()
+    for other in stale:
+        del graphs[other]
+
+
 class DecodeGraphs:
     """Runs pure decode steps. `step` is what one consists of; `max_num_seqs` is the largest N."""
 
@@ -133,7 +154,7 @@ class DecodeGraphs:
         self._uses: Counter[DecodeKey] = Counter()
         self._graphs: dict[DecodeKey, torch.cuda.CUDAGraph] = {}
         self._ahead = [
-            DecodeKey(n, kind, has_adapters)
+            (n, kind, has_adapters)
             for n in self._sizes
             for has_adapters in ([False] if state.adapter_slots is None else [False, True])
             for kind in (DrawKind.PLAIN, DrawKind.GREEDY)
@@ -145,7 +166,7 @@ class DecodeGraphs:
         Returns int64 [S] on the device, valid until the next step: see `Ops.advance_rows`.
         """
         num_seqs = len(plan.rows)
-        key = DecodeKey(self._bucket_of[num_seqs - 1], kind, has_adapters)
+        key = self._key(self._bucket_of[num_seqs - 1], kind, has_adapters)
         graph = self._graphs.get(key)
         if graph is None:
             self._uses[key] += 1
@@ -170,12 +191,16 @@ class DecodeGraphs:
         """Capture one more of the common graphs in advance, small ones first: those of up to
         `largest` sequences. False when there is none left.
         """
-        while self._ahead and self._ahead[0].size <= largest:
-            key = self._ahead.pop(0)
-            if key not in self._graphs:
+        while self._ahead and self._ahead[0][0] <= largest:
+            size, kind, has_adapters = self._ahead.pop(0)
+            key = self._key(size, kind, has_adapters)
+            if key not in self._graphs and bool(key.adapted_layers) == has_adapters:
                 self._capture(key)
                 return True
         return False
+
+    def _key(self, size: int, kind: DrawKind, has_adapters: bool) -> DecodeKey:
+        return DecodeKey(size, kind, self._state.adapted_layers if has_adapters else 0)
 
     def _write(self, rows: Int32, num_computed: Int32) -> None:
         num_seqs = len(rows)
@@ -189,6 +214,7 @@ class DecodeGraphs:
         self._last, self._num_filled = rows, num_seqs
 
     def _capture(self, key: DecodeKey) -> torch.cuda.CUDAGraph | None:
+        drop_stale(self._graphs, key)
         self._last = None
         self._rows.fill_(self._state.padding_row)
         self._positions.zero_()
@@ -217,7 +243,7 @@ class DecodeGraphs:
             num_single=size,
             max_query_len=1,
             max_context_len=state.tokens.shape[1] - 1,
-            adapters=adapters_of(state, rows, size) if key.has_adapters else None,
+            adapters=adapters_of(state, rows, size) if key.adapted_layers else None,
         )
         drawn, logits = self._step(token_ids, batch, rows, num_known, key.kind)
         marked = ops.advance_rows(drawn, logits, state.tokens, rows, positions)

@@ -36,6 +36,9 @@ class LoraWeights:
     present: Tensor
     """[L, P] int32: 0 where an adapter leaves a part as it is, so that nothing need be read."""
 
+    is_adapted: bool = False
+    """Whether any adapter that was ever there changes a part; if not, nothing need be called."""
+
     @property
     def rank(self) -> int:
         """R"""
