@@ -187,12 +187,17 @@ def wide_of(layer: Layer, device: str, dtype: torch.dtype) -> Experts:
     )
 
 
+def plans_for(layer: Layer, kind: str, m: int) -> Iterator[ExpertPlan]:
+    """The plan for m rows, and others that are worth a try."""
+    return candidate_plans(m * layer.num_chosen, layer.num_experts, has_powers=kind == "mxfp4")
+
+
 def works_of(layers: dict[str, Layer], rows: list[int], dtype: torch.dtype) -> Iterator[tuple]:
     for name, layer in layers.items():
         for m in rows:
             yield layer, None, m, dtype
             for kind in WANTED[name]:
-                for plan in candidate_plans(m * layer.num_chosen, layer.num_experts):
+                for plan in plans_for(layer, kind, m):
                     yield layer, kind, plan, dtype
 
 
@@ -249,8 +254,7 @@ class Bench:
         calls = [partial(mixtures.moe, *some, wide) for some in drawn]
         figure["16 bits"] = time_calls(calls, budget_s=0.02).median
         tried = []
-        plans = candidate_plans(m * self.layer.num_chosen, self.layer.num_experts)
-        for plan in islice(plans, most):
+        for plan in islice(plans_for(self.layer, self.kind, m), most):
             passed = self._try(drawn, plan, want)
             if passed is not None:
                 tried.append((passed, repr(plan)))

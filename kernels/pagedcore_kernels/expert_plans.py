@@ -25,18 +25,21 @@ class ExpertPlan:
     scaled: bool = False
 
 
-def choose_plan(num_assignments: int, num_experts: int) -> ExpertPlan:
-    """The plan for so many assignments: tiles are small while experts have few of them."""
+def choose_plan(num_assignments: int, num_experts: int, has_powers: bool = False) -> ExpertPlan:
+    """The plan for so many assignments: tiles are small while experts have few of them.
+
+    `has_powers`: scales are powers of two. What `bench/packed_experts.py` found on an H200.
+    """
     per_expert = num_assignments / num_experts
     if per_expert <= 2:
-        return ExpertPlan(8, 32, 4, 6)
+        return ExpertPlan(8, 128, 4, 5)
     if per_expert <= 8:
-        return ExpertPlan(16, 64, 4, 5)
+        return ExpertPlan(16, 128, 4, 4)
     if per_expert <= 24:
-        return ExpertPlan(32, 128, 4, 4)
-    if per_expert <= 64:
-        return ExpertPlan(64, 128, 4, 4, scaled=True)
-    return ExpertPlan(128, 128, 8, 4, scaled=True)
+        return ExpertPlan(32, 128, 4, 4, scaled=True)
+    if per_expert <= 64 or not has_powers:
+        return ExpertPlan(64, 128, 4, 3, scaled=True)
+    return ExpertPlan(128, 128, 4, 3, scaled=True)
 
 
 def fit(plan: ExpertPlan, of_weight: int, of_rows: int, shared_memory: int) -> ExpertPlan:
@@ -54,9 +57,11 @@ def fit(plan: ExpertPlan, of_weight: int, of_rows: int, shared_memory: int) -> E
     return plan
 
 
-def candidate_plans(num_assignments: int, num_experts: int) -> Iterator[ExpertPlan]:
+def candidate_plans(
+    num_assignments: int, num_experts: int, has_powers: bool = False
+) -> Iterator[ExpertPlan]:
     """Plans worth a try, `choose_plan`'s first."""
-    yield choose_plan(num_assignments, num_experts)
+    yield choose_plan(num_assignments, num_experts, has_powers)
     per_expert = num_assignments / num_experts
     if per_expert <= 2:
         yield from [
@@ -64,21 +69,20 @@ def candidate_plans(num_assignments: int, num_experts: int) -> Iterator[ExpertPl
             ExpertPlan(8, 32, 4, 4),
             ExpertPlan(8, 64, 4, 6),
             ExpertPlan(8, 64, 4, 4),
-            ExpertPlan(8, 128, 4, 5),
         ]
     elif per_expert <= 8:
         yield from [
             ExpertPlan(8, 64, 4, 5),
             ExpertPlan(16, 32, 4, 6),
             ExpertPlan(16, 64, 4, 3),
-            ExpertPlan(16, 128, 4, 4),
+            ExpertPlan(16, 64, 4, 5),
             ExpertPlan(32, 64, 4, 4),
         ]
     elif per_expert <= 24:
         yield from [
             ExpertPlan(16, 128, 4, 4),
             ExpertPlan(32, 64, 4, 4),
-            ExpertPlan(32, 128, 4, 4, scaled=True),
+            ExpertPlan(32, 128, 4, 4),
             ExpertPlan(32, 128, 8, 4),
             ExpertPlan(64, 128, 4, 4, scaled=True),
         ]

@@ -173,7 +173,9 @@ def moe(
     num_chosen, device = chosen.shape[1], x.device
     total = len(x) * num_chosen
     assert weights.is_contiguous() and x.is_contiguous()
-    plan = plan or choose_plan(total, num_experts)
+    assert isinstance(experts.gate_up, Packed)
+    has_powers = experts.gate_up.scale_dtype == POWERS
+    plan = plan or choose_plan(total, num_experts, has_powers)
     if x.dtype == torch.float32 and plan.bm > WIDE_BM:
         plan = ExpertPlan(WIDE_BM, 32, 4, 2)
     for stack in (experts.gate_up, experts.down):
