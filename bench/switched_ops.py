@@ -72,11 +72,18 @@ class Widened(TorchFunctionMode):
 
 
 class StressedWeights(RandomWeights):
-    """Random weights in which attention counts and errors do not grow: see STRESSED and GAIN."""
+    """Random weights in which attention counts and errors do not grow: see STRESSED and GAIN.
+
+    `counts_from_one`: the model adds 1 to the weights of norms, as Gemma does.
+    """
+
+    counts_from_one = False
 
     def _fill(self, tensor: Tensor, name: str) -> None:
         super()._fill(tensor, name)
         parts = name.split(".")
+        if self.counts_from_one and parts[-2].endswith("norm"):
+            tensor.sub_(1)
         if tensor.ndim > 1 and tensor.is_floating_point():
             tensor.mul_(GAIN / DEVIATION / tensor.shape[-1] ** 0.5)
         if parts[-1] == "weight" and parts[-2] in STRESSED:
@@ -126,6 +133,7 @@ def _stressed(load: Callable[[], type[Model]]) -> type[Model]:
     class Stressed(model_class):  # type: ignore[misc, valid-type]  # a class that is a variable
         def __init__(self, build: ModelBuild) -> None:
             weights = StressedWeights(build.dtype, build.device, seed=0)
+            weights.counts_from_one = str(build.config["model_type"]).startswith("gemma")
             super().__init__(replace(build, weights=weights))
 
     return Stressed
