@@ -268,7 +268,7 @@ def main() -> int:
         )
     machine.write_result(
         args.out,
-        arguments=vars(args),
+        arguments={name: value for name, value in vars(args).items() if name != "out"},
         threads=torch.get_num_threads(),
         load_average=os.getloadavg(),
         formats=figures,
