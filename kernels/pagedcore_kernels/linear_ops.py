@@ -177,6 +177,10 @@ class LinearOps:
             shared_memory=self._shared_memory,
         )
 
+    def pack_int8(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `QuantizedOps.pack_int8`."""
+        return weight
+
     @with_fallback
     def int8_linear(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None

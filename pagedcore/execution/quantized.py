@@ -202,10 +202,18 @@ class QuantizedOps(Protocol):
         """
         ...
 
+    def pack_int8(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weight [out, in] int8 in the layout that `int8_linear` is fastest with; called once.
+
+        `dtype` is that of the rows to come. The result still has the shape [out, in], and only
+        `int8_linear` of the same backend may read it.
+        """
+        ...
+
     def int8_linear(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """x [T, in] times weight [out, in] int8, plus bias [out]: [T, out] in x's dtype.
+        """x [T, in] times a packed weight [out, in] int8, plus bias [out]: [T, out] in x's dtype.
 
         Each row of x is rounded to whole numbers up to 127 of its largest magnitude; products are
         summed exactly, and count `scale` [out, 1] float32 times.

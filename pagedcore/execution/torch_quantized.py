@@ -89,6 +89,10 @@ class TorchQuantizedOps(ABC):
             x = x.index_select(1, weight.order)
         return functional.linear(x, widen_grouped(weight, x.dtype), bias)
 
+    def pack_int8(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `QuantizedOps.pack_int8`."""
+        return weight
+
     def int8_linear(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
     ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights of 4 and 8 bits on the CPU: packed into panels of codes, as `grouped.c` reads them.
+"""Weights of 4 and 8 bits on the CPU: packed into panels of codes, as the kernels read them.
 
     P panels of 32 outputs   G groups of inputs
 
@@ -60,7 +60,7 @@ class _Panels(Grouped):
 
 
 class GroupedOps(TorchOps):
-    """The part of `NativeOps` that multiplies with `Grouped` weights."""
+    """The part of `NativeOps` that multiplies with weights of few bits."""
 
     def __init__(self, device: str) -> None:
         """Raises ConfigError, saying why, where the kernels cannot run."""
@@ -189,6 +189,41 @@ class GroupedOps(TorchOps):
         )
         if failed:
             raise MemoryError("no memory for a panel of a weight")
+        return out
+
+    def pack_int8(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `QuantizedOps.pack_int8`."""
+        if dtype != torch.bfloat16 or weight.shape[1] % 4:
+            return super().pack_int8(weight, dtype)
+        outputs, inputs = weight.shape
+        room = self._take(-(-outputs // PANEL) * PANEL * inputs)
+        codes = weight.contiguous().view(torch.uint8) ^ 128
+        self._library.pack_codes(codes.data_ptr(), outputs, inputs // 4, 8, room.data_ptr())
+        return room[: outputs * inputs].view(torch.int8).view(outputs, inputs)
+
+    def int8_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """See `QuantizedOps.int8_linear`."""
+        if x.dtype != torch.bfloat16 or weight.shape[1] % 4:
+            return super().int8_linear(x, weight, scale, bias)
+        x, scale = x.contiguous(), scale.contiguous()
+        assert scale.dtype == torch.float32
+        assert bias is None or bias.dtype == torch.bfloat16
+        (rows, inputs), outputs = x.shape, weight.shape[0]
+        room = x.new_empty(rows * (inputs + 8), dtype=torch.uint8)
+        out = x.new_empty(rows, outputs)
+        self._library.bytes(
+            x.data_ptr(),
+            rows,
+            inputs,
+            weight.data_ptr(),
+            scale.data_ptr(),
+            outputs,
+            None if bias is None else bias.data_ptr(),
+            room.data_ptr(),
+            out.data_ptr(),
+        )
         return out
 
 

@@ -46,6 +46,7 @@ class Library:
         self.pack_codes = self._kernel("pack_codes", "allia")
         self.widen = self._kernel("widen", "laiaiaailla")
         self.grouped = self._kernel("grouped", "allaiaiaaillaal")
+        self.bytes = self._kernel("bytes", "allaalaaa")
         self.rms_norm = self._kernel("rms_norm", "aaafall")
         self.silu_mul = self._kernel("silu_mul", "aall")
         self.rope_and_cache = self._kernel("rope_and_cache", "alllllaliaafaaa")

@@ -121,7 +121,7 @@ class CompressedTensors(PackedFormat):
             values.append(weights.take(f"{name}.weight", shape, dtype=torch.int8, dim=dim))
             scales.append(take_scales(weights, name, rows, 1, dim, own=len(values[-1])))
         added = take_bias(weights, names, out_features, dim=dim) if bias else None
-        return Int8Linear(ops, join_rows(values), join_rows(scales), added)
+        return Int8Linear(ops, join_rows(values), join_rows(scales), added, weights.dtype)
 
 
 def _take_int(

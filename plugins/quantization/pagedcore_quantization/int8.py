@@ -14,9 +14,12 @@ from pagedcore.execution.quantized import Activations
 class Int8Linear:
     """A matrix of 8 bits: weight [out, in] int8, scale [out, 1] float32, bias [out] or None."""
 
-    def __init__(self, ops: Ops, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, ops: Ops, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        """`dtype` is that of activations."""
         self._ops = ops
-        self._weight = weight
+        self._weight = weight if weight.is_meta else ops.pack_int8(weight, dtype)
         self._scale = scale
         self._bias = bias
 
