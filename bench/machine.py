@@ -30,6 +30,8 @@ def write_result(path: str | Path, **result: Any) -> None:
     """Write one result file: the description of the machine, then the figures."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    if "arguments" in result:  # where the file is, it need not say
+        result["arguments"] = {k: v for k, v in result["arguments"].items() if k != "out"}
     target.write_text(json.dumps({**describe(), **result}, indent=1) + "\n")
 
 

@@ -61,7 +61,7 @@ def best_quarter(n: int) -> int:
 
 def choose_plan(m: int, n: int, k: int, quarter: int = 32) -> PackedPlan | None:
     """The plan for m rows with a weight [n, k]; None where widening it first is faster."""
-    if m > MAX_PACKED_ROWS or (m > 128 and max(n, k) <= 4096):
+    if m > MAX_PACKED_ROWS or (m > 64 and n < _MANY_OUTPUTS and k <= 4096):
         return None
     plan = _for_many_outputs(m) if n >= _MANY_OUTPUTS else _for_few_outputs(m, n, k)
     blocks = max(1, k // (4 * quarter))
@@ -111,6 +111,8 @@ def _for_few_outputs(m: int, n: int, k: int) -> PackedPlan:
 
 
 def _for_many_outputs(m: int) -> PackedPlan:
+    if 1 < m <= 8:
+        return PackedPlan(128, 1, 1, 4, 6)
     if m <= 16:
         return PackedPlan(128, 1, 2, 4, 4)
     if m <= 64:
