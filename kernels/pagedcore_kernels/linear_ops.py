@@ -62,9 +62,14 @@ class LinearOps:
             )
         return functional.linear(x, weight, bias)
 
+    def pack_head(self, weight: Tensor, stored: Grouped | None) -> Tensor | Grouped:
+        """See `Ops.pack_head`."""
+        return weight
+
     @with_fallback
-    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor) -> Tensor:
+    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor | Grouped) -> Tensor:
         """See `Ops.scores`."""
+        assert isinstance(packed, Tensor)
         if hidden.dtype == torch.float32 or hidden.device.type != "cuda":
             return self.linear(hidden, packed).float()
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)

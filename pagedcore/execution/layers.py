@@ -18,9 +18,10 @@ from torch.nn import functional
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.model import ModelBuild
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, StepBatch
-from pagedcore.execution.quantized import Activations
-from pagedcore.execution.quantizer import join_rows
+from pagedcore.execution.quantized import Activations, Grouped
+from pagedcore.execution.quantizer import HeadQuantizer, join_rows
 from pagedcore.execution.shard import Share
+from pagedcore.execution.torch_quantized import widen_grouped
 
 GATES = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new")
 """Activations that `GatedMLP` has, by the names that a config.json has for them."""
@@ -131,14 +132,16 @@ class Head:
             share = build.shard.longest(vocab_size)
             build.weights.divide(name, share)
             weight = None if weight is None else _rows(weight, share.ranges[0])
+        stored = None
         if weight is None or build.weights.has(f"{name}.weight"):
-            own = build.weights.take(f"{name}.weight", (vocab_size, h), dim=0)
+            own, stored = _take_head(build, name, vocab_size, h)
             if weight is None or own.is_meta or not torch.equal(own, weight):
                 weight = own
         if self._collective is not None:
             weight = _with_rows(weight, -(-vocab_size // build.shard.size))
         self.weight = weight
-        self._packed = weight if weight.is_meta else build.ops.pack_linear(weight)
+        stored = stored if self._collective is None else None
+        self._packed = weight if weight.is_meta else build.ops.pack_head(weight, stored)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [S, h] to scores [S, V]."""
@@ -147,6 +150,20 @@ class Head:
             return scores
         gathered = self._collective.all_gather(scores, 1)
         return gathered[:, : self._vocab_size].contiguous()
+
+
+def _take_head(
+    build: ModelBuild, name: str, vocab_size: int, h: int
+) -> tuple[Tensor, Grouped | None]:
+    """A head in the model's type, and what the checkpoint has of it in few bits, if it does."""
+    stored = None
+    if isinstance(build.quantizer, HeadQuantizer):
+        stored = build.quantizer.head(build.weights, name, vocab_size, h)
+    if stored is None:
+        return build.weights.take(f"{name}.weight", (vocab_size, h), dim=0), None
+    if stored.codes.is_meta:
+        return torch.empty(stored.shape, dtype=build.dtype, device="meta"), stored
+    return widen_grouped(stored, build.dtype), stored
 
 
 class RMSNorm:

@@ -19,7 +19,7 @@ from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.expert_ops import ExpertOps
 from pagedcore.execution.kv_formats import KVFormat
 from pagedcore.execution.lora_ops import AdapterStep, LoraOps
-from pagedcore.execution.quantized import QuantizedOps
+from pagedcore.execution.quantized import Grouped, QuantizedOps
 
 
 @dataclass(slots=True)
@@ -195,10 +195,18 @@ class Ops(QuantizedOps, ExpertOps, LoraOps, Protocol):
         """x [T, in] times a packed weight [out, in], plus bias [out]: [T, out] in x's dtype."""
         ...
 
-    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor) -> Tensor:
+    def pack_head(self, weight: Tensor, stored: Grouped | None) -> Tensor | Grouped:
+        """A head's weight [V, h] in the layout that `scores` is fastest with; called once.
+
+        `stored` is what the checkpoint has of it in few bits, which `weight` rounds to its type, or
+        None. Only `scores` of the same backend may read the result.
+        """
+        ...
+
+    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor | Grouped) -> Tensor:
         """The head: hidden [S, h] times weight [V, h]: [S, V] in any float type.
 
-        `packed` is the same weight as `pack_linear` left it. In each row the few largest scores
+        `packed` is the same weight as `pack_head` left it. In each row the few largest scores
         are those of exact products with sums in float32, so that close ones keep their order.
         """
         ...

@@ -8,7 +8,7 @@ twice, first with weights on the device "meta": then shapes are all that counts.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from pagedcore.execution.expert_ops import Experts
 from pagedcore.execution.model import Weights
 from pagedcore.execution.ops import Ops
-from pagedcore.execution.quantized import Activations
+from pagedcore.execution.quantized import Activations, Grouped
 
 
 class LinearMethod(Protocol):
@@ -77,6 +77,15 @@ class Quantizer(Protocol):
         gates and their partners, and 1 for the columns behind them. `width` is the whole, and what
         was taken says what came of it.
         """
+        ...
+
+
+@runtime_checkable
+class HeadQuantizer(Protocol):
+    """What a `Quantizer` has besides, whose format may hold a decoder's head in few bits."""
+
+    def head(self, weights: Weights, name: str, vocab_size: int, h: int) -> Grouped | None:
+        """Take the head `name`, [V, h], its rows divided by ranks; None if it has 16 bits."""
         ...
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.kv_formats import KVFormat
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
+from pagedcore.execution.quantized import Grouped
 from pagedcore.execution.torch_attention import attend
 from pagedcore.execution.torch_experts import TorchExpertOps
 from pagedcore.execution.torch_latent import TorchLatentOps
@@ -97,8 +98,13 @@ class TorchOps(TorchQuantizedOps, TorchExpertOps, TorchLatentOps, TorchLoraOps):
             return out
         return functional.linear(x, weight, bias)
 
-    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor) -> Tensor:
+    def pack_head(self, weight: Tensor, stored: Grouped | None) -> Tensor | Grouped:
+        """See `Ops.pack_head`: as other weights in the model's type."""
+        return self.pack_linear(weight)
+
+    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor | Grouped) -> Tensor:
         """See `Ops.scores`."""
+        assert isinstance(packed, Tensor)
         scores = self.linear(hidden, packed)
         return scores if scores.dtype == torch.float32 else refine(scores, hidden, weight)
 

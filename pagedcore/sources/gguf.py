@@ -1,6 +1,7 @@
 """`gguf:` and paths that end in .gguf: files of llama.cpp's, converted once into a folder.
 
-`fetch` widens all weights to 16 bits. `fetch_packed` keeps the blocks of layers as they are.
+`fetch` widens all weights to 16 bits. `fetch_packed` keeps the blocks of layers and of
+the head as they are.
 """
 
 import hashlib
@@ -14,6 +15,9 @@ from pagedcore.sources.progress import progress
 CONVERSION = 1
 """Part of each key: raise it when a folder would now be written otherwise."""
 
+PACKED_CONVERSION = 2
+"""The same for folders with blocks."""
+
 
 class GgufSource:
     """GGUF files of this machine."""
@@ -26,7 +30,7 @@ class GgufSource:
         return self._fetch(name, revision, packed=False)
 
     def fetch_packed(self, name: str, revision: str | None) -> Path:
-        """As `fetch`, with the weights of layers in the file's own blocks."""
+        """As `fetch`, with the weights of layers and of the head in the file's own blocks."""
         return self._fetch(name, revision, packed=True)
 
     def _fetch(self, name: str, revision: str | None, *, packed: bool) -> Path:
@@ -45,7 +49,7 @@ class GgufSource:
 def conversion_key(stem: str, *identity: object, packed: bool) -> str:
     """A name for the folder that a file becomes: readable, and unlike that of any other file."""
     if packed:
-        stem, identity = f"{stem}-packed", ("packed", *identity)
+        stem, identity = f"{stem}-packed", ("packed", PACKED_CONVERSION, *identity)
     digest = hashlib.sha256(repr((CONVERSION, *identity)).encode("utf-8", "surrogateescape"))
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', stem)[:80]}-{digest.hexdigest()[:16]}"
 

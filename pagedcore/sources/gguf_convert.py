@@ -1,7 +1,7 @@
 """Write a GGUF file of the Llama family as a model folder in Hugging Face's layout.
 
 Weights become bfloat16, a few million values at a time, so memory does not grow with the model; or
-those of layers keep their blocks, as bytes, and config.json says of which type they are.
+those of layers and of the head keep their blocks, as bytes, and config.json says of which type.
 The safetensors format is specified at https://github.com/huggingface/safetensors#format.
 """
 
@@ -31,6 +31,8 @@ from pagedcore.sources.progress import Report
 CHUNK_VALUES = 1 << 22
 """Values that are in memory at a time, as float32."""
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
@@ -57,7 +59,7 @@ class _Weight:
 def convert(path: Path, folder: Path, report: Report, *, packed: bool = False) -> None:
     """Write the model of the GGUF file at `path` into the existing `folder`.
 
-    With `packed`, layers' weights that are in blocks stay so.
+    With `packed`, weights of layers and of the head that are in blocks stay so.
 
     `report` is told how many bytes of weights are written, and of how many. Raises ModelError for a
     file that is broken, or of an architecture, tensor type or tokenizer that is not read, and
@@ -67,7 +69,7 @@ def convert(path: Path, folder: Path, report: Report, *, packed: bool = False) -
     config = model_config(file)
     weights = _weights(file, config)
     if packed:
-        weights = [replace(weight, is_packed=_is_packable(weight)) for weight in weights]
+        weights = _packed(weights)
         config["quantization_config"] = {
             "quant_method": "gguf",
             "types": {
@@ -113,9 +115,23 @@ def _weights(file: GgufFile, config: Mapping[str, Any]) -> list[_Weight]:
     return weights
 
 
+def _packed(weights: list[_Weight]) -> list[_Weight]:
+    """The same, with the matrices of layers and the head in their blocks.
+
+    An embedding is widened, since its rows are looked up, and where it is the head too, its blocks
+    are kept besides.
+    """
+    if all(weight.name != _HEAD for weight in weights):
+        embedding = next(weight for weight in weights if weight.name == _EMBEDDING)
+        if embedding.tensor.type.block_size > 1:
+            weights = [*weights, replace(embedding, name=_HEAD)]
+    return [replace(weight, is_packed=_is_packable(weight)) for weight in weights]
+
+
 def _is_packable(weight: _Weight) -> bool:
-    """Whether it is a layer's matrix, in blocks."""
-    return weight.name.endswith("_proj.weight") and weight.tensor.type.block_size > 1
+    """Whether it is a layer's matrix or the head, in blocks."""
+    is_matrix = weight.name.endswith("_proj.weight") or weight.name == _HEAD
+    return is_matrix and weight.tensor.type.block_size > 1
 
 
 def _expected(
@@ -143,14 +159,14 @@ def _expected(
     }
     vocabulary = (config["vocab_size"], hidden)
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "token_embd.weight": ("model.embed_tokens.weight", vocabulary)
+        "token_embd.weight": (_EMBEDDING, vocabulary)
     }
     for layer in range(config["num_hidden_layers"]):
         for stored, name in architecture.layer_tensors.items():
             expected[f"blk.{layer}.{stored}"] = (f"model.layers.{layer}.{name}", shapes[stored])
     expected["output_norm.weight"] = ("model.norm.weight", (hidden,))
     if not config["tie_word_embeddings"]:
-        expected["output.weight"] = ("lm_head.weight", vocabulary)
+        expected["output.weight"] = (_HEAD, vocabulary)
     return expected
 
 

@@ -9,7 +9,7 @@
        middle                   what a code counts from, or -1 where only `table` knows
        scales   [P, G, 32]      float16 or float: what codes count
        minima   [P, G, 32]      of the same type: what is added to each; or nothing
-       out      [T, N]          bfloat16
+       out      [T, N]          bfloat16 or float
 
    Few rows are bound by reading `codes`, which stay whole numbers on their way: each group of a row
    becomes whole numbers of 16 bits, its largest magnitude 32,512, and is multiplied as two rows of
@@ -38,7 +38,8 @@ typedef struct {
     const int32_t *starts;
     long outputs;
     const bf16 *bias;
-    bf16 *out;
+    char *out;
+    int is_float;
     long panels, grain;
     int *failed;
 } Coded;
@@ -46,6 +47,10 @@ typedef struct {
    counts  [T, G]    what those count
    sums    [T, G]    sums of what they stand for
    starts  [T, G]    what is added to the sum of a group, for codes that count from `middle` */
+
+INLINE char *out_of(const Coded *c, long row, long column) {
+    return c->out + (row * c->outputs + column) * (c->is_float ? 4 : 2);
+}
 
 INLINE __m512 scale16(const void *from, long at, int half) {
     if (half) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const bf16 *)from + at)));
@@ -95,7 +100,7 @@ INLINE void few_rows(const int rows, const int bits, const Coded *c, long first,
         }
     }
     long column = panel * WIDTH;
-    finish(rows, total, c->bias ? c->bias + column : 0, c->out + first * c->outputs + column, 0,
+    finish(rows, total, c->bias ? c->bias + column : 0, out_of(c, first, column), c->is_float,
            c->outputs, c->outputs - column);
 }
 
@@ -150,7 +155,7 @@ INLINE void few_rows_table(const int rows, const Coded *c, long first, long pane
         }
     }
     long column = panel * WIDTH;
-    finish(rows, total, c->bias ? c->bias + column : 0, c->out + first * c->outputs + column, 0,
+    finish(rows, total, c->bias ? c->bias + column : 0, out_of(c, first, column), c->is_float,
            c->outputs, c->outputs - column);
 }
 
@@ -291,7 +296,7 @@ EXPORT void pagedcore_widen(long inputs, const uint32_t *codes, int bits, const 
                             int middle, const void *scales, const void *minima, int half, long groups,
                             long outputs, uint32_t *packed) {
     Coded coded = {.inputs = inputs, .groups = groups, .bits = bits, .codes = codes, .table = table,
-                   .middle = middle, .scales = scales, .minima = minima, .half = half, .out = (bf16 *)packed};
+                   .middle = middle, .scales = scales, .minima = minima, .half = half, .out = (char *)packed};
     pagedcore_share(widen_task, &coded, (outputs + WIDTH - 1) / WIDTH);
 }
 
@@ -323,7 +328,7 @@ static void many_tiles(void *context, long task) {
         else
             widen_panel(8, c, panel, wide);
         rows_times_panel(c->rows, c->x, pairs, wide, pairs, c->bias ? c->bias + column : 0,
-                         (char *)(c->out + column), 0, c->outputs, c->outputs - column);
+                         out_of(c, 0, column), c->is_float, c->outputs, c->outputs - column);
     }
 }
 
@@ -350,7 +355,7 @@ static void round_rows(Coded *c, uint32_t *to) {
 EXPORT int pagedcore_grouped(const bf16 *x, long rows, long inputs, const uint32_t *codes,
                              int bits, const bf16 *table, int middle, const void *scales,
                              const void *minima, int half, long groups, long outputs,
-                             const bf16 *bias, bf16 *out, long few) {
+                             const bf16 *bias, void *out, int is_float, long few) {
     int failed = 0;
     long panels = (outputs + WIDTH - 1) / WIDTH;
     long cost = inputs / 2 * (rows < 8 ? 8 : rows);
@@ -358,7 +363,7 @@ EXPORT int pagedcore_grouped(const bf16 *x, long rows, long inputs, const uint32
     Coded coded = {.x = (const uint32_t *)x, .rows = rows, .inputs = inputs, .groups = groups,
                    .bits = bits, .codes = codes, .table = table, .middle = middle,
                    .scales = scales, .minima = minima, .half = half, .outputs = outputs,
-                   .bias = bias, .out = out, .panels = panels,
+                   .bias = bias, .out = out, .is_float = is_float, .panels = panels,
                    .grain = (panels + tasks - 1) / tasks, .failed = &failed};
     if (rows == 0 || panels == 0) return 0;
     if (rows <= few && middle >= 0) {

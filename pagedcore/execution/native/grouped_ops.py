@@ -21,7 +21,7 @@ PANEL = 32
 """Outputs of a weight that lie together."""
 
 _ARENA = 1 << 26
-"""Bytes of an arena: weights lie in few large pieces, for which the system has large pages."""
+"""Bytes of a piece of an arena."""
 
 _LINE = 64
 """Bytes of a line of the cache."""
@@ -29,13 +29,34 @@ _LINE = 64
 _LONGEST = 256
 """Inputs of a group at most, of which 16 bits times 8 are summed in 32 bits."""
 
-_FEW = 12
-"""Rows that are multiplied with codes as they are; more take a copy in bfloat16 where there is one,
-and otherwise panels that are widened once for all."""
+_FEW = 16
+"""Rows that are multiplied with codes as they are; for more, panels are widened once for all."""
+
+_FEWER = 8
+"""The same, where a copy in bfloat16 is at hand: more rows take that."""
 
 COPIES = 1 << 30
 """Bytes of copies in bfloat16 at most: small models keep one of each weight beside its codes. Many
 rows are bound by arithmetic, and codes would cost them a twentieth."""
+
+
+class Arena:
+    """Memory for weights that are read one after the other, in few large pieces."""
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """So many bytes."""
+        if size > len(self._left):
+            self._left = torch.empty(max(size, _ARENA), dtype=torch.uint8)
+        room, self._left = self._left[:size], self._left[-(-size // _LINE) * _LINE :]
+        return room
+
+    def take_panels(self, outputs: int, inputs: int) -> Tensor:
+        """A weight [out, in] in panels of bfloat16, with room for its last panel."""
+        room = self.take(-(-outputs // PANEL) * PANEL * inputs * 2).view(torch.bfloat16)
+        return room[: outputs * inputs].view(outputs, inputs)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +89,7 @@ class GroupedOps(TorchOps):
         if self._device.type != "cpu":
             raise ConfigError(f"backend native runs on a CPU, not on {device!r}")
         self._library: Library = load_library()
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena, self._copies = Arena(), Arena()
         self._left_for_copies = COPIES
 
     def pack_grouped(self, weight: Grouped, dtype: torch.dtype) -> Grouped:
@@ -83,7 +104,7 @@ class GroupedOps(TorchOps):
         if _is_half(scale) and (minimum is None or _is_half(minimum)):
             kept = torch.float16
         panels = -(-outputs // PANEL)
-        codes = self._take(panels * inputs // per_word * PANEL * 4).view(torch.int32)
+        codes = self._arena.take(panels * inputs // per_word * PANEL * 4).view(torch.int32)
         codes = codes.view(panels, inputs // per_word, PANEL)
         words = weight.codes.view(torch.int32)
         self._library.pack_codes(
@@ -123,7 +144,7 @@ class GroupedOps(TorchOps):
     def _widen(self, weight: _Panels) -> Tensor:
         """The weight in bfloat16, as `pack_linear` leaves one."""
         assert weight.table is not None
-        copy = self.take_room(weight.outputs, weight.inputs)
+        copy = self._copies.take_panels(weight.outputs, weight.inputs)
         self._library.widen(
             weight.inputs,
             weight.codes.data_ptr(),
@@ -141,38 +162,74 @@ class GroupedOps(TorchOps):
 
     def take_room(self, outputs: int, inputs: int) -> Tensor:
         """Memory for a weight [out, in] in panels of bfloat16."""
-        room = self._take(-(-outputs // PANEL) * PANEL * inputs * 2).view(torch.bfloat16)
-        return room[: outputs * inputs].view(outputs, inputs)
-
-    def _take(self, size: int) -> Tensor:
-        """So many bytes of an arena."""
-        if size > len(self._arena):
-            self._arena = torch.empty(max(size, _ARENA), dtype=torch.uint8)
-        room, self._arena = self._arena[:size], self._arena[-(-size // _LINE) * _LINE :]
-        return room
+        return self._arena.take_panels(outputs, inputs)
 
     def _panels(self, rows: Tensor) -> Tensor:
         """[out, n] as [P, n, 32], zeros behind the last output."""
         padded = rows.new_zeros((-(-len(rows) // PANEL) * PANEL, rows.shape[1]))
         padded[: len(rows)] = rows
-        room = self._take(padded.nbytes).view(rows.dtype).view(-1, rows.shape[1], PANEL)
+        room = self._arena.take(padded.nbytes).view(rows.dtype).view(-1, rows.shape[1], PANEL)
         return room.copy_(padded.view(-1, PANEL, rows.shape[1]).transpose(1, 2))
 
     def grouped_linear(self, x: Tensor, weight: Grouped, bias: Tensor | None = None) -> Tensor:
         """See `QuantizedOps.grouped_linear`."""
         if not isinstance(weight, _Panels):
             return super().grouped_linear(x, weight, bias)
-        x = x.contiguous() if weight.order is None else x.index_select(1, weight.order)
+        out = x.new_empty(x.shape[0], weight.outputs)
+        if weight.order is not None:
+            x = x.index_select(1, weight.order)
+        self._multiply_grouped(x, weight, bias, out, is_float=False)
+        return out
+
+    def pack_head(self, weight: Tensor, stored: Grouped | None) -> Tensor | Grouped:
+        """See `Ops.pack_head`: codes stand for what the file has, where 16 bits are rounded."""
+        packed = None if stored is None else self.pack_grouped(stored, weight.dtype)
+        return packed if isinstance(packed, _Panels) else self.pack_linear(weight)
+
+    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor | Grouped) -> Tensor:
+        """See `Ops.scores`. Sums are float32 already, and stay so."""
+        if isinstance(packed, Tensor) and not is_packed(packed):
+            return super().scores(hidden, weight, packed)
+        out = hidden.new_empty(hidden.shape[0], packed.shape[0], dtype=torch.float32)
+        if isinstance(packed, _Panels):
+            self._multiply_grouped(hidden, packed, None, out, is_float=True)
+        else:
+            assert isinstance(packed, Tensor)
+            self._multiply(hidden, packed, None, out, is_float=True)
+        return out
+
+    def _multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, is_float: bool
+    ) -> None:
+        x = x.contiguous()
         assert x.dtype == torch.bfloat16
         assert bias is None or bias.dtype == torch.bfloat16
-        rows, groups = x.shape[0], weight.scale.shape[1]
-        if rows > _FEW and weight.copy is not None:
-            return self.linear(x, weight.copy, bias)
-        assert weight.table is not None
-        out = x.new_empty(rows, weight.outputs)
-        failed = self._library.grouped(
+        rows, inputs = x.shape
+        self._library.linear(
             x.data_ptr(),
             rows,
+            inputs,
+            weight.data_ptr(),
+            out.shape[1],
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            is_float,
+        )
+
+    def _multiply_grouped(
+        self, x: Tensor, weight: _Panels, bias: Tensor | None, out: Tensor, *, is_float: bool
+    ) -> None:
+        """Few rows times codes, and many times a copy in bfloat16 where there is one."""
+        if x.shape[0] > _FEWER and weight.copy is not None:
+            self._multiply(x, weight.copy, bias, out, is_float=is_float)
+            return
+        x = x.contiguous()
+        assert x.dtype == torch.bfloat16
+        assert bias is None or bias.dtype == torch.bfloat16
+        assert weight.table is not None
+        failed = self._library.grouped(
+            x.data_ptr(),
+            x.shape[0],
             weight.inputs,
             weight.codes.data_ptr(),
             weight.bits,
@@ -181,22 +238,22 @@ class GroupedOps(TorchOps):
             weight.scale.data_ptr(),
             None if weight.minimum is None else weight.minimum.data_ptr(),
             weight.scale.dtype == torch.float16,
-            groups,
+            weight.scale.shape[1],
             weight.outputs,
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
+            is_float,
             _FEW,
         )
         if failed:
             raise MemoryError("no memory for a panel of a weight")
-        return out
 
     def pack_int8(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """See `QuantizedOps.pack_int8`."""
         if dtype != torch.bfloat16 or weight.shape[1] % 4:
             return super().pack_int8(weight, dtype)
         outputs, inputs = weight.shape
-        room = self._take(-(-outputs // PANEL) * PANEL * inputs)
+        room = self._arena.take(-(-outputs // PANEL) * PANEL * inputs)
         codes = weight.contiguous().view(torch.uint8) ^ 128
         self._library.pack_codes(codes.data_ptr(), outputs, inputs // 4, 8, room.data_ptr())
         return room[: outputs * inputs].view(torch.int8).view(outputs, inputs)
@@ -225,6 +282,11 @@ class GroupedOps(TorchOps):
             out.data_ptr(),
         )
         return out
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether `NativeOps.pack_linear` brings weights of this type and shape into panels."""
+    return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
 
 
 def _in_short_groups(weight: Grouped) -> Grouped:

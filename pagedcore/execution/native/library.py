@@ -45,7 +45,7 @@ class Library:
         self.linear = self._kernel("linear", "allalaai")
         self.pack_codes = self._kernel("pack_codes", "allia")
         self.widen = self._kernel("widen", "laiaiaailla")
-        self.grouped = self._kernel("grouped", "allaiaiaaillaal")
+        self.grouped = self._kernel("grouped", "allaiaiaaillaail")
         self.bytes = self._kernel("bytes", "allaalaaa")
         self.rms_norm = self._kernel("rms_norm", "aaafall")
         self.silu_mul = self._kernel("silu_mul", "aall")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pagedcore.cache_spec import CacheSpec
 from pagedcore.execution.kv_formats import KVFormat
-from pagedcore.execution.native.grouped_ops import GroupedOps
+from pagedcore.execution.native.grouped_ops import GroupedOps, is_packed
 from pagedcore.execution.ops import LayerCache, QKNorm, RopeTable, SamplingTensors, StepBatch
 
 _MAX_HEAD, _MAX_GROUP = 256, 96
@@ -45,7 +45,7 @@ class NativeOps(GroupedOps):
 
     def pack_linear(self, weight: Tensor) -> Tensor:
         """See `Ops.pack_linear`."""
-        if not _is_packed(weight):
+        if not is_packed(weight):
             return weight
         packed = self.take_room(*weight.shape)
         weight = weight.contiguous()
@@ -54,37 +54,11 @@ class NativeOps(GroupedOps):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Ops.linear`."""
-        if not _is_packed(weight):
+        if not is_packed(weight):
             return super().linear(x, weight, bias)
         out = x.new_empty(x.shape[0], weight.shape[0])
         self._multiply(x, weight, bias, out, is_float=False)
         return out
-
-    def scores(self, hidden: Tensor, weight: Tensor, packed: Tensor) -> Tensor:
-        """See `Ops.scores`. Sums are float32 already, and stay so."""
-        if not _is_packed(packed):
-            return super().scores(hidden, weight, packed)
-        out = hidden.new_empty(hidden.shape[0], packed.shape[0], dtype=torch.float32)
-        self._multiply(hidden, packed, None, out, is_float=True)
-        return out
-
-    def _multiply(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, is_float: bool
-    ) -> None:
-        x = x.contiguous()
-        assert x.dtype == torch.bfloat16
-        assert bias is None or bias.dtype == torch.bfloat16
-        rows, inputs = x.shape
-        self._library.linear(
-            x.data_ptr(),
-            rows,
-            inputs,
-            weight.data_ptr(),
-            out.shape[1],
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            is_float,
-        )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
@@ -214,11 +188,6 @@ class NativeOps(GroupedOps):
         out = logits.new_empty(logits.shape[0], dtype=torch.int64)
         self._library.argmax(logits.data_ptr(), out.data_ptr(), *logits.shape)
         return out
-
-
-def _is_packed(weight: Tensor) -> bool:
-    """Whether `NativeOps.pack_linear` brings weights of this type and shape into panels."""
-    return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
 
 
 def _are_rows(x: Tensor) -> bool:

@@ -27,7 +27,7 @@ from pagedcore.execution.quantized import Grouped
 from pagedcore_quantization.formats import check_method
 from pagedcore_quantization.modules import Modules
 from pagedcore_quantization.packed import PackedFormat
-from pagedcore_quantization.packing import Part, check_division, meta_grouped
+from pagedcore_quantization.packing import check_division, meta_grouped
 
 
 class Gguf(PackedFormat):
@@ -46,7 +46,13 @@ class Gguf(PackedFormat):
         """See `PackedFormat.keeps`."""
         return name not in self._types
 
-    def part(self, weights: Weights, name: str, rows: int, columns: int, dim: int | None) -> Part:
+    def head(self, weights: Weights, name: str, vocab_size: int, h: int) -> Grouped | None:
+        """See `HeadQuantizer.head`."""
+        return None if self.keeps(name) else self.part(weights, name, vocab_size, h, 0)
+
+    def part(
+        self, weights: Weights, name: str, rows: int, columns: int, dim: int | None
+    ) -> Grouped:
         """See `PackedFormat.part`."""
         kind = self._types[name]
         check_division(name, "blocks", columns, kind.size)

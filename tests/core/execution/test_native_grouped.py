@@ -131,6 +131,30 @@ def test_a_row_of_zeros_stays_zero(native):
     assert not native.grouped_linear(x, packed).any()
 
 
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 17, 40])
+def test_scores_of_a_head_in_few_bits_are_sums_in_float32(native, tokens, copied):
+    stored = draw("symmetric", 8, 70, 3, 32)
+    native._left_for_copies = grouped_ops.COPIES if copied else 0
+    x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(6)).to(BF16)
+    wide = widen_grouped(stored, torch.float32).double()
+    packed = native.pack_head(wide.to(BF16), stored)
+    got = native.scores(x, wide.to(BF16), packed)
+    assert got.dtype == torch.float32
+    is_few = tokens <= (grouped_ops._FEWER if copied else grouped_ops._FEW)
+    lost = 2.0**-15 if is_few else 2.0**-8  # of the row, or of the panel in bfloat16
+    spread = x.double().abs().amax(-1, keepdim=True) * wide.abs().sum(-1)
+    assert ((got.double() - x.double() @ wide.T).abs() <= lost * spread).all()
+
+
+def test_a_head_whose_groups_do_not_fit_is_packed_in_16_bits(native):
+    stored = draw("symmetric", 8, 20, 2, 6)
+    weight = widen_grouped(stored, BF16)
+    x = torch.randn(2, 12, generator=torch.Generator().manual_seed(7)).to(BF16)
+    plain = native.scores(x, weight, native.pack_head(weight, None))
+    assert torch.equal(native.scores(x, weight, native.pack_head(weight, stored)), plain)
+
+
 def test_copies_end_with_their_budget(native):
     native._left_for_copies = 2 * 64 * 32
     first, second = (native.pack_grouped(draw("symmetric", 4, 64, 1, 32), BF16) for _ in range(2))

@@ -388,3 +388,26 @@ def test_packed_layers_keep_their_blocks_and_config_json_names_their_types(tmp_p
             rows = BLOCK_TYPES[8].dequantize(stored.numpy())
             stored = torch.from_numpy(rows).bfloat16()
         assert torch.equal(stored, widened[name]), name
+
+
+@pytest.mark.parametrize("kind", ["blocks", "numbers"])
+def test_an_embedding_in_blocks_is_also_kept_as_the_head_it_is(kind, tmp_path, tiny):
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    if kind == "blocks":
+        tiny.tensors = [t for t in tiny.tensors if t[0] != "token_embd.weight"]
+        values = np.random.default_rng(1).standard_normal((6, 32), np.float32)
+        tiny.tensor("token_embd.weight", values, 8)
+    path = tiny.save(tmp_path / "tiny.gguf")
+    for folder in (plain, packed):
+        folder.mkdir()
+        convert(path, folder, lambda done, total: None, packed=folder is packed)
+    config = json.loads((packed / "config.json").read_text(encoding="utf-8"))
+    stored = load_file(packed / "model.safetensors")
+    widened = load_file(plain / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(stored["model.embed_tokens.weight"], widened)
+    assert config["tie_word_embeddings"]
+    assert ("lm_head" in config["quantization_config"]["types"]) == (kind == "blocks")
+    assert ("lm_head.weight" in stored) == (kind == "blocks")
+    if kind == "blocks":
+        rows = BLOCK_TYPES[8].dequantize(stored["lm_head.weight"].numpy())
+        assert torch.equal(torch.from_numpy(rows).bfloat16(), widened)

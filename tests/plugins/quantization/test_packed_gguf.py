@@ -47,6 +47,10 @@ def test_a_block_is_to_the_bit_what_ggml_defines(name, tmp_path):
     assert torch.equal(method.apply(torch.eye(512)).t(), torch.from_numpy(wide))
 
 
+def _is_part(name, part):
+    return f".{part}_proj" in name or name == f"{part}.weight"
+
+
 def packed_model(folder, types):
     """A tiny model with layers in the types of some parts, and the same widened."""
     plain, packed, wide = (folder / name for name in ("plain", "packed", "wide"))
@@ -54,7 +58,7 @@ def packed_model(folder, types):
     stored = load_file(plain / "model.safetensors")
     narrow, widened, found = dict(stored), dict(stored), {}
     for seed, (name, tensor) in enumerate(stored.items()):
-        kind = next((types[part] for part in types if f".{part}_proj" in name), None)
+        kind = next((types[part] for part in types if _is_part(name, part)), None)
         if kind is not None:
             part = blocks(kind, *tensor.shape, seed)
             narrow[name] = torch.from_numpy(part)
@@ -79,8 +83,9 @@ def packed_model(folder, types):
         dict.fromkeys(["q", "k", "v", "o", "gate", "up", "down"], "Q4_K"),
         {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "gate": "Q5_K", "up": "Q5_K", "down": "Q8_0"},
         {"q": "Q4_0", "gate": "Q4_1", "up": "Q4_1"},
+        {"q": "Q4_0", "lm_head": "Q6_K"},
     ],
-    ids=["alike", "mixed", "some"],
+    ids=["alike", "mixed", "some", "head"],
 )
 def test_a_packed_model_gives_the_tokens_of_the_widened_one(types, tmp_path, tokens):
     packed, wide = packed_model(tmp_path, types)
