@@ -1,16 +1,18 @@
 """pagedcore beside transformers.generate on one CPU: tokens per second of both, and their ratio.
 
     python bench/cpu.py [--random] [--repeats 5] [--out bench/results/cpu.json]
-    python bench/cpu.py --quantization gguf [--out bench/results/cpu-gguf.json]
+    python bench/cpu.py --quantization ["gguf FILE" ...] [--out bench/results/cpu-packed.json]
 
 SmolLM2-135M in bfloat16. b1, b8 and b32 are that many prompts of 32 tokens with 64 greedy output
 tokens each, end of sequence ignored, all output tokens over the whole time; prefill is 8 prompts of
 512 tokens, prompt tokens per second. Both sides take turns in one process, with the same threads,
 weights and prompts. `--random` takes random weights of the same shape: nothing is downloaded.
-`--quantization` takes a format of `formats.py`, and compares it with our own bfloat16 instead.
+`--quantization` takes formats of `formats.py`, by default some of 4 and of 8 bits, and compares
+each with our own bfloat16 instead, the two in turn.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -44,6 +46,18 @@ SHAPE = dict(
     tie_word_embeddings=True,
 )
 
+PACKED = {
+    "gguf FILE": 4,
+    "gguf Q4_0": 4,
+    "gguf Q4_K": 5,
+    "gptq 4": 4,
+    "gguf Q8_0": 8,
+    "gptq 8": 8,
+    "int8 w8a8": 8,
+}
+"""Formats that are compared with bfloat16 by default, and the bits of their layers: rows of 576 are
+in Q5_0 where others are in Q4_K."""
+
 Prompts = list[list[int]]
 Side = Callable[[Prompts, int], list[list[int]]]
 """Prompts and a number of tokens to the tokens that follow each prompt."""
@@ -51,7 +65,10 @@ Side = Callable[[Prompts, int], list[list[int]]]
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table; gate and goal are ratios to the peer."""
+    """One line of the table; gate and goal are ratios to the peer.
+
+    `packed` are those of formats of 4 bits to bfloat16; of all others, both are 1.
+    """
 
     name: str
     num_prompts: int
@@ -59,8 +76,7 @@ class Case:
     num_tokens: int
     gate: float
     goal: float
-    packed_gate: float = 1.0
-    packed_goal: float = 1.0
+    packed: tuple[float, float] = (1.0, 1.0)
 
     @property
     def counted(self) -> int:
@@ -69,7 +85,7 @@ class Case:
 
 
 CASES = (
-    Case("b1", 1, 32, 64, 3.0, 4.0, 1.5, 2.0),
+    Case("b1", 1, 32, 64, 3.0, 4.0, packed=(1.5, 2.0)),
     Case("b8", 8, 32, 64, 3.0, 4.0),
     Case("b32", 32, 32, 64, 2.0, 3.0),
     Case("prefill", 8, 512, 1, 1.0, 1.25),
@@ -181,50 +197,71 @@ def write_random_model(folder: str) -> None:
     LlamaForCausalLM(LlamaConfig(**SHAPE)).bfloat16().save_pretrained(folder)
 
 
+def compare(
+    args: argparse.Namespace, sides: dict[str, Side], bars: Callable[[Case], tuple[float, float]]
+) -> dict[str, object]:
+    """The chosen cases; `bars` are each one's gate and goal."""
+    first, second = sides
+    print(f"{'':9}{first:>14}{second:>14}{'ratio':>8}{'gate':>7}{'goal':>7}")
+    figures = {}
+    for case in CASES:
+        if case.name not in args.cases:
+            continue
+        gate, goal = bars(case)
+        found = figures[case.name] = measure(case, sides, args.repeats, gate, goal)
+        print(
+            f"{case.name:9}{found[first]:14,.1f}{found[second]:14,.1f}"
+            f"{found['ratio']:7.2f}x{gate:6.2f}x{goal:6.2f}x  {verdict(found)}",
+            flush=True,
+        )
+    return figures
+
+
+def compare_formats(args: argparse.Namespace, engine: Engine, model: str) -> dict[str, object]:
+    """Each format beside `engine`, which runs the model in bfloat16."""
+    formats = {}
+    for name in args.quantization or PACKED:
+        with options_for(name, model) as options:
+            other = start(**options)
+        has_4_bits = PACKED.get(name, 4) == 4
+        sides = {name: ours(other), "bfloat16": ours(engine)}
+        formats[name] = compare(args, sides, lambda c, b=has_4_bits: c.packed if b else (1.0, 1.0))
+        other.shutdown()
+    return formats
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="another model of this shape")
-    parser.add_argument("--quantization", help="a format of formats.py, beside our bfloat16")
+    parser.add_argument(
+        "--quantization", nargs="*", help="formats of formats.py, beside our bfloat16"
+    )
     parser.add_argument("--random", action="store_true", help="random weights, no download")
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", default=str(machine.RESULTS / "cpu.json"))
+    parser.add_argument("--out", help="by default cpu.json or cpu-packed.json in bench/results")
     args = parser.parse_args()
+    load_average = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         if args.random:
             write_random_model(folder)
         model = folder if args.random else args.model
         engine = start(model=model)
-        other: Engine | None = None
-        if args.quantization:
-            with options_for(args.quantization, model) as options:
-                other = start(**options)
-            sides = {args.quantization: ours(other), "bfloat16": ours(engine)}
-        else:
+        if args.quantization is None:
             sides = {"pagedcore": ours(engine), "transformers": peer(engine.info.model)}
-        first, second = sides
-        figures = {}
-        print(f"{'':9}{first:>14}{second:>14}{'ratio':>8}{'gate':>7}{'goal':>7}")
-        for case in CASES:
-            if case.name not in args.cases:
-                continue
-            bars = (case.packed_gate, case.packed_goal) if other else (case.gate, case.goal)
-            found = figures[case.name] = measure(case, sides, args.repeats, *bars)
-            print(
-                f"{case.name:9}{found[first]:14,.1f}{found[second]:14,.1f}"
-                f"{found['ratio']:7.2f}x{bars[0]:6.2f}x{bars[1]:6.2f}x  {verdict(found)}",
-                flush=True,
-            )
+            figures = {"cases": compare(args, sides, lambda case: (case.gate, case.goal))}
+        else:
+            figures = {"formats": compare_formats(args, engine, model)}
         startup = engine.info.startup_seconds
         engine.shutdown()
-        if other is not None:
-            other.shutdown()
+    name = "cpu.json" if args.quantization is None else "cpu-packed.json"
     machine.write_result(
-        args.out,
-        arguments=vars(args),
+        args.out or str(machine.RESULTS / name),
+        arguments={key: value for key, value in vars(args).items() if key != "out"},
         threads=torch.get_num_threads(),
+        load_average=load_average,
         startup_seconds=startup,
-        cases=figures,
+        **figures,
     )
 
 

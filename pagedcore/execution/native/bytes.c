@@ -57,12 +57,12 @@ typedef struct {
 INLINE void some_rows(const int rows, const Product *p, long first, long panel) {
     const Rounding *r = p->rounded;
     long words = r->inputs / 4, column = panel * WIDTH;
-    __m512i sum[ROWS * VECTORS];
+    Sums sum[ROWS * VECTORS];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; v++)
-            sum[m * VECTORS + v] = _mm512_set1_epi32(r->starts[first + m]);
+            sum[m * VECTORS + v] = sums_of(r->starts[first + m]);
     multiply_whole(rows, 8, (const uint32_t *)r->bytes + first * words, words,
                    p->codes + panel * words * WIDTH, words, sum);
 #pragma GCC unroll 2
@@ -74,7 +74,7 @@ INLINE void some_rows(const int rows, const Product *p, long first, long panel) 
 #pragma GCC unroll 12
         for (int m = 0; m < rows; m++) {
             __m512 count = _mm512_set1_ps(r->counts[first + m]);
-            __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m * VECTORS + v]), count);
+            __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[m * VECTORS + v]), count);
             value = _mm512_mul_ps(value, scale);
             value = p->bias ? _mm512_add_ps(value, added) : value;
             store16(p->out + (first + m) * p->outputs + column + 16 * v, mask, value);

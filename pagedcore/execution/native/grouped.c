@@ -69,14 +69,14 @@ INLINE void few_rows(const int rows, const int bits, const Coded *c, long first,
 #pragma GCC unroll 8
     for (int k = 0; k < rows * VECTORS; k++) total[k] = _mm512_setzero_ps();
     for (long g = 0; g < c->groups; g++, codes += steps * WIDTH, bytes += size) {
-        __m512i part[FEW * VECTORS * 2];
+        Sums part[FEW * VECTORS * 2];
         long at = (panel * c->groups + g) * WIDTH;
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++)
 #pragma GCC unroll 2
             for (int v = 0; v < VECTORS; v++) {
-                part[2 * m * VECTORS + v] = _mm512_setzero_si512();
-                part[(2 * m + 1) * VECTORS + v] = _mm512_set1_epi32(starts[m * c->groups + g]);
+                part[2 * m * VECTORS + v] = sums_of(0);
+                part[(2 * m + 1) * VECTORS + v] = sums_of(starts[m * c->groups + g]);
             }
         long ahead = (at + SOON * WIDTH) * (c->half ? 2 : 4);
         _mm_prefetch((const char *)c->scales + ahead, _MM_HINT_T0);
@@ -88,9 +88,9 @@ INLINE void few_rows(const int rows, const int bits, const Coded *c, long first,
             __m512 minimum = c->minima ? scale16(c->minima, at + 16 * v, c->half) : scale;
 #pragma GCC unroll 4
             for (int m = 0; m < rows; m++) {
-                __m512i high = _mm512_slli_epi32(part[2 * m * VECTORS + v], 8);
-                __m512 sum = _mm512_cvtepi32_ps(
-                    _mm512_add_epi32(high, part[(2 * m + 1) * VECTORS + v]));
+                __m512i high = _mm512_slli_epi32((__m512i)part[2 * m * VECTORS + v], 8);
+                __m512i low = (__m512i)part[(2 * m + 1) * VECTORS + v];
+                __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(high, low));
                 __m512 count = _mm512_set1_ps(counts[m * c->groups + g]);
                 __m512 *to = total + m * VECTORS + v;
                 *to = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, count), *to);
