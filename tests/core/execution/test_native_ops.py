@@ -217,7 +217,9 @@ def test_a_device_that_is_no_cpu_is_refused():
 
 def test_a_processor_without_bfloat16_is_told_what_it_lacks(tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor : 0\nflags : fma avx512f avx512bw avx512vl avx512dq avx512_vnni\n")
+    cpuinfo.write_text(
+        "processor : 0\nflags : fma avx512f avx512bw avx512vl avx512dq avx512_vnni\n"
+    )
     assert library.missing_features(cpuinfo) == ["avx512_bf16"]
     assert library.missing_features(tmp_path / "none") == list(library.NEEDED)
 
