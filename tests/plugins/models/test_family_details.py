@@ -135,11 +135,17 @@ def test_null_caps_nothing_while_a_gemma_2_that_says_nothing_is_capped(paged, pr
     assert close(30 * torch.tanh(free / 30), expected)
 
 
-@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "MixtralForCausalLM"])
-def test_a_quantizer_finds_fused_and_renamed_weights(architecture, paged, prompts, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "most"),
+    [
+        ("Phi3ForCausalLM", 0.2),
+        ("MixtralForCausalLM", 0.25),  # experts are rounded, too, and some tokens choose another
+    ],
+)
+def test_a_quantizer_finds_fused_and_renamed_weights(architecture, most, paged, prompts, tmp_path):
     """Rounded to 8 bits while they are loaded, they say about the same."""
     reference = save_tiny_model(tmp_path, CASES[architecture].config)
     model = paged(tmp_path, quantizer=Fp8())
     ours, expected = model.step({0: prompts[0]})[0], logits_of(reference, prompts[0])
     errors = (ours - expected).norm(dim=1) / expected.norm(dim=1)
-    assert 1e-4 < errors.median() < 0.3  # some tokens choose another expert
+    assert 1e-4 < errors.median() < most

@@ -14,7 +14,7 @@ from pagedcore.execution.quantizing.writer import WriterOptions
 from pagedcore.execution.torch_ops import TorchOps
 from pagedcore.testing.plugin_checks import plugin_checks
 from pagedcore.testing.tiny_models import save_tiny_model
-from pagedcore_quantization import pagedcore_quantizers, pagedcore_weight_writers
+from pagedcore_quantization import pagedcore_quantizers, pagedcore_weight_writers, writers
 
 SIZES = {
     "hidden_size": 128,
@@ -76,6 +76,16 @@ def test_a_matrix_is_read_as_what_it_was_rounded_to(form, tmp_path):
     )
     error = (writer.rounded(weight) - weight).abs().max()
     assert 0 < error <= WRITERS[form][1] * weight.abs().max()
+
+
+@pytest.mark.parametrize("form", ["gptq", "gptq by output"])
+def test_scales_that_are_searched_lose_less_than_the_largest_number_gives(form, monkeypatch):
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+    searched = writer_of(form).rounded(weight) - weight
+    monkeypatch.setattr(writers, "_SHARES", (1.0,))
+    plain = writer_of(form).rounded(weight) - weight
+    assert plain.abs().max() <= 1.01 / 15 * weight.abs().max()
+    assert searched.square().mean() < plain.square().mean()
 
 
 @pytest.mark.parametrize("form", WRITERS)
