@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from pagedcore.execution.ops import Ops
 from pagedcore.execution.quantized import GROUP_COLUMNS, Activations, Grouped, Quantized
-from pagedcore_kernels import block_fp8, fp8, int8, packed_linear, small_linear
+from pagedcore_kernels import block_fp8, fp8, int8, packed_linear, packed_strips, small_linear
 from pagedcore_kernels.dependent import can_depend
 from pagedcore_kernels.fallback import with_fallback
 from pagedcore_kernels.packed_layout import Packed, pack
@@ -169,6 +169,9 @@ class LinearOps:
             x = x.index_select(1, weight.order)
         elif x.stride(1) != 1:
             x = x.contiguous()
+        if self._streams and (strips := packed_strips.choose(len(x), weight, x.dtype)) is not None:
+            dependent = can_depend(x.device)
+            return packed_strips.linear(x, weight, bias, self._scratch, strips, dependent=dependent)
         plan = self._plans.choose(len(x), weight)
         if plan is None:
             return multiply_widened(x, weight, bias)
@@ -193,6 +196,11 @@ class LinearOps:
         """See `QuantizedOps.int8_linear`."""
         x = x if x.stride(1) == 1 else x.contiguous()
         return int8.linear(x, weight, scale, bias, self._scratch, dependent=can_depend(x.device))
+
+    @cached_property
+    def _streams(self) -> bool:
+        """Whether `packed_strips` runs on this device."""
+        return packed_strips.can_run(self.device)
 
     @cached_property
     def _scales_groups(self) -> bool:

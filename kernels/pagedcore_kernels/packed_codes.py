@@ -48,6 +48,21 @@ def assembly(bits: int, dtype: str, zero: int | None, table: Table) -> str:
     return _nibbles(dtype, zero) if bits == 4 else _bytes(dtype, zero)
 
 
+def codes_assembly(magic: int) -> str:
+    """PTX that makes a register of words into four of codes plus the number whose bits are given.
+
+    Its last bit counts 1: see MAGIC.
+    """
+    lines = [".reg .b32 part;"]
+    for quarter in range(4):
+        source = "$4"
+        if quarter:
+            lines.append(f"shr.b32 part, $4, {4 * quarter};")
+            source = "part"
+        lines.append(f"lop3.b32 ${quarter}, {source}, 0x000F000F, {_twice(magic)}, 0xEA;")
+    return "{" + "\n".join(lines) + "}"
+
+
 def _twice(half: int) -> str:
     return f"0x{half:04X}{half:04X}"
 

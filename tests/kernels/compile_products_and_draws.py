@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from pagedcore.execution.ops import SamplingTensors
 from pagedcore.execution.quantized import Grouped
-from pagedcore_kernels import block_fp8, fp8, int8, packed_linear, packed_widen
+from pagedcore_kernels import block_fp8, fp8, int8, packed_linear, packed_strips, packed_widen
 from pagedcore_kernels.packed_layout import pack
 from pagedcore_kernels.packed_plans import PackedPlan
 from pagedcore_kernels.sampling import sample
@@ -77,6 +77,30 @@ def packed(*, is_hopper):
         packed_linear.linear(rows, weight, None, scratch, plan=PackedPlan(64, 1, 8))
 
 
+def strips():
+    """Packed weights that stream: the shapes of Llama-3.1-8B, and a format of each kind."""
+    scratch = Scratch(torch.device("cpu"))
+    cases = [
+        (8, 28672, 4096, 128, torch.float16, False, torch.bfloat16),
+        (8, 4096, 14336, 128, torch.bfloat16, True, torch.bfloat16),
+        (16, 6144, 4096, 128, torch.float16, False, torch.bfloat16),
+        (16, 6144, 4096, 128, torch.float16, True, torch.float16),
+        (5, 272, 2048, 64, torch.float32, True, torch.float16),
+        (1, 272, 1024, 32, torch.float32, False, torch.bfloat16),
+    ]
+    for m, n, k, group, scale_dtype, has_zeros, dtype in cases:
+        groups = (n, k // group)
+        zero = torch.empty(groups, dtype=torch.uint8) if has_zeros else None
+        codes, scale = (
+            torch.empty(n, k // 2, dtype=torch.uint8),
+            torch.empty(groups).to(scale_dtype),
+        )
+        weight = pack(Grouped(codes, scale, 4, zero=zero))
+        plan = packed_strips.choose(m, weight, dtype)
+        x, bias = torch.empty(m, k, dtype=dtype), torch.empty(n, dtype=dtype)
+        packed_strips.linear(x, weight, bias, scratch, plan, dependent=True)
+
+
 def blocks():
     x, shares = torch.empty(8, 1024, dtype=torch.bfloat16), torch.empty(256, 8)
     values, scale = block_fp8.quantize_groups(x, dependent=True)
@@ -102,3 +126,4 @@ if __name__ == "__main__":
     if capability >= 90:  # 8 bits came with 8.9
         rounding()
         blocks()
+        strips()

@@ -21,6 +21,7 @@ IN_8_BITS = {
     "_silu_mul_kernel",
     "_quantize_groups_kernel",
     "_block_kernel",
+    "strips_kernel",
 }
 
 

@@ -13,6 +13,7 @@ from triton.errors import TritonError
 
 from pagedcore.execution.kernel_bench import Trial
 from pagedcore.execution.quantized import Grouped
+from pagedcore_kernels import packed_strips
 from pagedcore_kernels.bench.clock import num_rotations, time_calls
 from pagedcore_kernels.dependent import can_depend
 from pagedcore_kernels.packed_layout import Packed, pack
@@ -74,11 +75,17 @@ def random_weight(case: PackedCase, device: str) -> Packed:
 def tune_packed(
     cases: list[PackedCase], device: str, dtype: torch.dtype, path: Path | None
 ) -> Iterator[Trial]:
-    """Time every plan in every case, and write the best of each to `path`."""
+    """Time every plan in every case, and write the best of each to `path`.
+
+    Cases that `packed_strips` multiplies have nothing to search for, and are left out.
+    """
     scratch = Scratch(torch.device(device))
     dependent = can_depend(torch.device(device))
+    streams = packed_strips.can_run(torch.device(device))
     for case in cases:
         weight = random_weight(case, device)
+        if streams and packed_strips.choose(case.m, weight, dtype) is not None:
+            continue
         weights = [
             replace(weight, codes=torch.randint_like(weight.codes, -(2**15), 2**15))
             for _ in range(num_rotations(weight.num_bytes))
