@@ -202,7 +202,7 @@ def strips_kernel(
         for quarter in gl.static_range(index * QUARTERS, (index + 1) * QUARTERS):
             for split in gl.static_range(SPLITS):
                 of_group = mma_v2(ones, factors[_place(quarter, split, SPLITS)], of_group)
-        row_sums = row_sums + (gl.max(of_group, 1) * OFFSET,)  # its rows are all the same
+        row_sums = row_sums + (of_group * OFFSET,)  # 16 rows that are all the same
 
     SHARED: gl.constexpr = 2 * SLICES // BM if BM < 2 * SLICES else 1  # threads of an output
     joined: gl.constexpr = gl.BlockedLayout(
@@ -226,11 +226,10 @@ def strips_kernel(
         for strip in gl.static_range(STRIPS):
             total = gl.zeros([SLICES, 16, BM], gl.float32, sums)
             for index in gl.static_range(GROUPS):
-                of_group = gl.zeros([SLICES, 16, BM], gl.float32, sums)
-                of_group += row_sums[index][:, None, :]
+                of_group = row_sums[index]
                 if HAS_ZEROS:
                     zero = _zero(zero_now[strip], index, group, GROUPS)
-                    of_group *= (zero * (1.0 / OFFSET) + 1.0)[:, :, None]
+                    of_group *= (1.0 - zero * (1.0 / OFFSET))[:, :, None]
                 for split in gl.static_range(SPLITS):
                     words_of_tile = now[strip][index * QUARTERS // 4 * SPLITS + split]
                     weights = _unpack(words_of_tile, left, DTYPE, ASSEMBLY)
