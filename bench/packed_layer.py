@@ -111,6 +111,10 @@ class Layers:
         same = dict(scratch=self.scratch, plan=plans[name], dependent=DEVICE == "cuda")
         return linear(x, self.packed[name][layer], None, **same)
 
+    def by_backend(self, name: str, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """As a model is multiplied: by `packed_strips`, where it is chosen."""
+        return self.ops.grouped_linear(x, self.packed[name][layer])
+
     def in_16_bits(self, name: str, layer: int, x: torch.Tensor) -> torch.Tensor:
         return self.ops.linear(x, self.wide[name][layer])
 
@@ -159,6 +163,7 @@ def search(layers: Layers, m: int, until: float) -> tuple[Plans, dict]:
     }
     layers.start(m)
     figure = {"m": m, "by default": layers.time(partial(layers.by_plans, plans))}
+    figure["backend"] = layers.time(layers.by_backend)
     if layers.wide:
         figure["16 bits"] = layers.time(layers.in_16_bits)
     best = figure["by default"]
@@ -206,7 +211,8 @@ def main() -> int:
         print(
             f"m {m:4}: a layer in 16 bits {wide:.1f} us, in 4 bits {figure['by default']:.1f} "
             f"({wide / figure['by default']:.2f}x), tuned {figure['tuned']:.1f} "
-            f"({wide / figure['tuned']:.2f}x)",
+            f"({wide / figure['tuned']:.2f}x), by the backend {figure['backend']:.1f} "
+            f"({wide / figure['backend']:.2f}x)",
             flush=True,
         )
         for name in shapes:

@@ -71,7 +71,7 @@ def can_run(device: torch.device) -> bool:
 
 
 def choose(num_rows: int, weight: Packed, dtype: torch.dtype) -> StripPlan | None:
-    """The plan for so many rows; None where the weight has no such plan, or `packed_linear` wins."""
+    """The plan for so many rows; None where `packed_linear` is faster, or alone can multiply."""
     num_blocks, block = weight.codes.shape[1], 4 * weight.quarter
     if not (
         0 < num_rows <= MAX_ROWS
