@@ -9,11 +9,11 @@
     arrivals  [runs of strips]   int32, zero before and after; where P > 1
     out       [M, N]      contiguous, same dtype as x
 
-Each warp keeps its slice of x in registers, for good, and reads strips of 16 outputs past it: a
-strip's words go from memory to the registers that tensor cores multiply from, and the next strip's
-are asked for as soon as these are unpacked. Warps have slices of their own, whose sums are added
-through shared memory; parts of the inputs belong to programs, of which the last to arrive adds them
-in their order. So results are the same in every run.
+Each warp keeps its slice of x for good, in registers or, of many rows, in shared memory, and reads
+strips of 16 outputs past it: a strip's words go from memory to the registers that tensor cores
+multiply from, and the next strip's are asked for as soon as these are unpacked. Warps have slices
+of their own, whose sums are added through shared memory; parts of the inputs belong to programs, of
+which the last to arrive adds them in their order. So results are the same in every run.
 
 Codes are not made weights one by one: a code becomes the lowest bits of 128 (bfloat16) or 1,024
 (float16), and that number plus the zero, times the sum of x over the group, is subtracted from the
@@ -60,13 +60,19 @@ class StripPlan:
     max_registers: int | None = None
     """Of a thread, where two programs are to share a processor."""
 
+    is_shared: bool = False
+    """Whether x is kept in shared memory, where its rows leave no registers for enough warps."""
+
 
 def can_run(device: torch.device) -> bool:
-    """Whether a device has what the kernel asks for: there is no interpreter for it."""
+    """Whether it is a Hopper GPU, whose registers and memory plans are cut for.
+
+    There is no interpreter for Gluon.
+    """
     return (
         device.type == "cuda"
         and not triton.knobs.runtime.interpret
-        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and torch.cuda.get_device_capability(device)[0] == 9
     )
 
 
@@ -85,20 +91,24 @@ def choose(num_rows: int, weight: Packed, dtype: torch.dtype) -> StripPlan | Non
         and weight.scale_dtype in _TYPES
     ):
         return None
-    inputs = 256 if num_rows <= 8 else 512  # of a warp: more rows leave fewer registers for words
+    num_strips, is_few = weight.codes.shape[0], num_rows <= 8
+    share = triton.cdiv(num_strips, PROCESSORS)  # strips of a program, if it has all inputs
+    is_shared = not is_few and not 2 < share < 8
+    inputs = 256 if is_few or is_shared else 512  # of a warp: 8 warps have registers for more
     blocks = inputs // block
     slices = next((count for count in (16, 8, 4) if num_blocks == count * blocks), 8)
     parts, rest = divmod(num_blocks, slices * blocks)
-    if rest or not 1 <= parts <= 16 or (parts > 1 and num_rows > 8):
+    if rest or not 1 <= parts <= 16 or (parts > 1 and not is_few):
         return None
-    is_shared = slices == 8 and num_rows <= 8
-    num_strips, programs = weight.codes.shape[0], PROCESSORS * (2 if is_shared else 1)
+    has_company = slices == 8 and is_few
+    programs = PROCESSORS * (2 if has_company else 1)
     share = triton.cdiv(num_strips * parts, programs)
-    strips = _strips(share, slices) if num_rows <= 8 else 1
+    strips = _strips(share, slices) if is_few or share <= 2 else 1
     if num_strips % strips:
         strips = 1
     steps = triton.cdiv(share, strips)
-    return StripPlan(slices, blocks, parts, strips, steps, 128 if is_shared else None)
+    most = 128 if has_company else None
+    return StripPlan(slices, blocks, parts, strips, steps, most, is_shared)
 
 
 def _strips(share: int, slices: int) -> int:
@@ -156,6 +166,7 @@ def linear(
         SLICES=plan.slices,
         BLOCKS=plan.blocks,
         PARTS=plan.parts,
+        IS_SHARED=plan.is_shared,
         Q=weight.quarter,
         GROUP=weight.size,
         HAS_ZEROS=weight.zero is not None,

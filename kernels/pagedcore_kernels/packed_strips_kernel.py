@@ -53,6 +53,16 @@ def _unpack(words, factor: gl.constexpr, DTYPE: gl.constexpr, ASSEMBLY: gl.const
 
 
 @gluon.jit
+def _as_one_row(tile, layout: gl.constexpr):
+    """A tile [S, 16, BM] whose rows are all the same: the registers of its rows 8.. are let go."""
+    SLICES: gl.constexpr = tile.shape[0]
+    BM: gl.constexpr = tile.shape[2]
+    first, _ = tile.reshape([SLICES, 2, 8, BM]).permute([0, 2, 3, 1]).split()
+    both = gl.join(first, first).permute([0, 3, 1, 2]).reshape([SLICES, 16, BM])
+    return gl.convert_layout(both, layout, assert_trivial=True)
+
+
+@gluon.jit
 def _scale(words, index: gl.constexpr, group, GROUPS: gl.constexpr, TYPE: gl.constexpr):
     """Scales of a slice's group `index` in float32, from words of one or two of them."""
     PER_WORD: gl.constexpr = 1 if TYPE.is_fp32() else 2
@@ -127,6 +137,7 @@ def strips_kernel(
     SLICES: gl.constexpr,
     BLOCKS: gl.constexpr,
     PARTS: gl.constexpr,
+    IS_SHARED: gl.constexpr,
     Q: gl.constexpr,
     GROUP: gl.constexpr,
     HAS_ZEROS: gl.constexpr,
@@ -202,7 +213,12 @@ def strips_kernel(
         for quarter in gl.static_range(index * QUARTERS, (index + 1) * QUARTERS):
             for split in gl.static_range(SPLITS):
                 of_group = mma_v2(ones, factors[_place(quarter, split, SPLITS)], of_group)
-        row_sums = row_sums + (of_group * OFFSET,)  # 16 rows that are all the same
+        row_sums = row_sums + (_as_one_row(of_group * OFFSET, sums),)
+    if IS_SHARED:
+        rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 2, 0])
+        kept = gl.allocate_shared_memory(DTYPE, [BLOCKS * SPLITS * 4, SLICES, 32, BM], rows)
+        for index in gl.static_range(BLOCKS * SPLITS * 4):
+            kept.index(index).store(factors[index])
 
     SHARED: gl.constexpr = 2 * SLICES // BM if BM < 2 * SLICES else 1  # threads of an output
     joined: gl.constexpr = gl.BlockedLayout(
@@ -234,7 +250,10 @@ def strips_kernel(
                     words_of_tile = now[strip][index * QUARTERS // 4 * SPLITS + split]
                     weights = _unpack(words_of_tile, left, DTYPE, ASSEMBLY)
                     for quarter in gl.static_range(index * QUARTERS, (index + 1) * QUARTERS):
-                        of_quarter = factors[_place(quarter, split, SPLITS)]
+                        if IS_SHARED:
+                            of_quarter = kept.index(_place(quarter, split, SPLITS)).load(right)
+                        else:
+                            of_quarter = factors[_place(quarter, split, SPLITS)]
                         of_group = mma_v2(weights[quarter % 4], of_quarter, of_group)
                 scale = _scale(scale_now[strip], index, group, GROUPS, SCALE_TYPE)
                 total += of_group * scale[:, :, None]

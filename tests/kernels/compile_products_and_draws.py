@@ -85,6 +85,7 @@ def strips():
         (8, 4096, 14336, 128, torch.bfloat16, True, torch.bfloat16),
         (16, 6144, 4096, 128, torch.float16, False, torch.bfloat16),
         (16, 6144, 4096, 128, torch.float16, True, torch.float16),
+        (16, 28672, 4096, 128, torch.float16, False, torch.bfloat16),
         (5, 272, 2048, 64, torch.float32, True, torch.float16),
         (1, 272, 1024, 32, torch.float32, False, torch.bfloat16),
     ]
