@@ -9,11 +9,11 @@
     arrivals  [runs of strips]   int32, zero before and after; where P > 1
     out       [M, N]      contiguous, same dtype as x
 
-Each warp keeps its slice of x for good, in registers or, of many rows, in shared memory, and reads
-strips of 16 outputs past it: a strip's words go from memory to the registers that tensor cores
-multiply from, and the next strip's are asked for as soon as these are unpacked. Warps have slices
-of their own, whose sums are added through shared memory; parts of the inputs belong to programs, of
-which the last to arrive adds them in their order. So results are the same in every run.
+Each warp keeps its slice of x in registers, for good, and reads strips of 16 outputs past it: a
+strip's words go from memory to the registers that tensor cores multiply from, and the next strip's
+are asked for as soon as these are unpacked. Warps have slices of their own, whose sums are added
+through shared memory; parts of the inputs belong to programs, of which the last to arrive adds them
+in their order. So results are the same in every run.
 
 Codes are not made weights one by one: a code becomes the lowest bits of 128 (bfloat16) or 1,024
 (float16), and that number plus the zero, times the sum of x over the group, is subtracted from the
@@ -60,9 +60,6 @@ class StripPlan:
     max_registers: int | None = None
     """Of a thread, where two programs are to share a processor."""
 
-    is_shared: bool = False
-    """Whether x is kept in shared memory, where its rows leave no registers for enough warps."""
-
 
 def can_run(device: torch.device) -> bool:
     """Whether it is a Hopper GPU, whose registers and memory plans are cut for.
@@ -91,24 +88,20 @@ def choose(num_rows: int, weight: Packed, dtype: torch.dtype) -> StripPlan | Non
         and weight.scale_dtype in _TYPES
     ):
         return None
-    num_strips, is_few = weight.codes.shape[0], num_rows <= 8
-    share = triton.cdiv(num_strips, PROCESSORS)  # strips of a program, if it has all inputs
-    is_shared = not is_few and not 2 < share < 8
-    inputs = 256 if is_few or is_shared else 512  # of a warp: 8 warps have registers for more
-    blocks = inputs // block
+    is_few = num_rows <= 8
+    blocks = (256 if is_few else 512) // block  # of a warp: 8 warps have registers for more
     slices = next((count for count in (16, 8, 4) if num_blocks == count * blocks), 8)
     parts, rest = divmod(num_blocks, slices * blocks)
     if rest or not 1 <= parts <= 16 or (parts > 1 and not is_few):
         return None
     has_company = slices == 8 and is_few
-    programs = PROCESSORS * (2 if has_company else 1)
+    num_strips, programs = weight.codes.shape[0], PROCESSORS * (2 if has_company else 1)
     share = triton.cdiv(num_strips * parts, programs)
-    strips = _strips(share, slices) if is_few or share <= 2 else 1
+    strips = _strips(share, slices) if is_few else 1
     if num_strips % strips:
         strips = 1
     steps = triton.cdiv(share, strips)
-    most = 128 if has_company else None
-    return StripPlan(slices, blocks, parts, strips, steps, most, is_shared)
+    return StripPlan(slices, blocks, parts, strips, steps, 128 if has_company else None)
 
 
 def _strips(share: int, slices: int) -> int:
@@ -166,7 +159,6 @@ def linear(
         SLICES=plan.slices,
         BLOCKS=plan.blocks,
         PARTS=plan.parts,
-        IS_SHARED=plan.is_shared,
         Q=weight.quarter,
         GROUP=weight.size,
         HAS_ZEROS=weight.zero is not None,

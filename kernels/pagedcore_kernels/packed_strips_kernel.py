@@ -137,7 +137,6 @@ def strips_kernel(
     SLICES: gl.constexpr,
     BLOCKS: gl.constexpr,
     PARTS: gl.constexpr,
-    IS_SHARED: gl.constexpr,
     Q: gl.constexpr,
     GROUP: gl.constexpr,
     HAS_ZEROS: gl.constexpr,
@@ -214,11 +213,6 @@ def strips_kernel(
             for split in gl.static_range(SPLITS):
                 of_group = mma_v2(ones, factors[_place(quarter, split, SPLITS)], of_group)
         row_sums = row_sums + (_as_one_row(of_group * OFFSET, sums),)
-    if IS_SHARED:
-        rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 2, 0])
-        kept = gl.allocate_shared_memory(DTYPE, [BLOCKS * SPLITS * 4, SLICES, 32, BM], rows)
-        for index in gl.static_range(BLOCKS * SPLITS * 4):
-            kept.index(index).store(factors[index])
 
     SHARED: gl.constexpr = 2 * SLICES // BM if BM < 2 * SLICES else 1  # threads of an output
     joined: gl.constexpr = gl.BlockedLayout(
@@ -250,10 +244,7 @@ def strips_kernel(
                     words_of_tile = now[strip][index * QUARTERS // 4 * SPLITS + split]
                     weights = _unpack(words_of_tile, left, DTYPE, ASSEMBLY)
                     for quarter in gl.static_range(index * QUARTERS, (index + 1) * QUARTERS):
-                        if IS_SHARED:
-                            of_quarter = kept.index(_place(quarter, split, SPLITS)).load(right)
-                        else:
-                            of_quarter = factors[_place(quarter, split, SPLITS)]
+                        of_quarter = factors[_place(quarter, split, SPLITS)]
                         of_group = mma_v2(weights[quarter % 4], of_quarter, of_group)
                 scale = _scale(scale_now[strip], index, group, GROUPS, SCALE_TYPE)
                 total += of_group * scale[:, :, None]

@@ -138,7 +138,6 @@ def test_any_cut_gives_the_product_again_and_again(quarter, m):
         StripPlan(4, per_warp, 7, 1, 5),
         StripPlan(4, per_warp, 7, 3, 2),
         StripPlan(4, per_warp, 7, 1, 21, 128),
-        StripPlan(4, per_warp, 7, 3, 2, None, is_shared=True),
     ]
     for plan in plans:
         first = linear(x, packed, None, scratch, plan)
