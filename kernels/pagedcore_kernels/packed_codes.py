@@ -12,12 +12,16 @@ arithmetic that triton compiles.
 """
 
 import struct
+from functools import cache
 
 import triton
 import triton.language as tl
 
 MAGIC = {"bf16": 0x4300, "f16": 0x6400}
-"""128 and 1,024: numbers whose last bit counts 1."""
+"""The bits of UNITS."""
+
+UNITS = {"bf16": 128, "f16": 1024}
+"""Numbers whose last bit counts 1."""
 
 ONE = {"bf16": 0x3F80, "f16": 0x3C00}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -48,21 +52,6 @@ def assembly(bits: int, dtype: str, zero: int | None, table: Table) -> str:
     return _nibbles(dtype, zero) if bits == 4 else _bytes(dtype, zero)
 
 
-def codes_assembly(magic: int) -> str:
-    """PTX that makes a register of words into four of codes plus the number whose bits are given.
-
-    Its last bit counts 1: see MAGIC.
-    """
-    lines = [".reg .b32 part;"]
-    for quarter in range(4):
-        source = "$4"
-        if quarter:
-            lines.append(f"shr.b32 part, $4, {4 * quarter};")
-            source = "part"
-        lines.append(f"lop3.b32 ${quarter}, {source}, 0x000F000F, {_twice(magic)}, 0xEA;")
-    return "{" + "\n".join(lines) + "}"
-
-
 def _twice(half: int) -> str:
     return f"0x{half:04X}{half:04X}"
 
@@ -83,16 +72,32 @@ def _nibbles(dtype: str, zero: int | None) -> str:
             f"xor.b32 offset, offset, {_twice(0x8000)};",
         ]
     else:
-        start = {"bf16": 128, "f16": 1024}[dtype]
-        lines.append(f"mov.b32 offset, {_twice(_half(-float(start + zero), dtype))};")
+        lines.append(f"mov.b32 offset, {_twice(_half(-float(UNITS[dtype] + zero), dtype))};")
     lines.append(f"mov.b32 one, {_twice(ONE[dtype])};")
     for quarter in range(4):
-        source = "$4"
-        if quarter:
-            lines.append(f"shr.b32 part, $4, {4 * quarter};")
-            source = "part"
-        lines.append(f"lop3.b32 part, {source}, 0x000F000F, {_twice(magic)}, 0xEA;")
+        lines += _nibble(dtype, quarter, "part")
         lines.append(f"fma.rn.{dtype}x2 ${quarter}, part, one, offset;")
+    return "{" + "\n".join(lines) + "}"
+
+
+def _nibble(dtype: str, quarter: int, target: str) -> list[str]:
+    """Two codes of a register, as the last bits of UNITS; `part` is written on the way."""
+    lines, source = [], "$4"
+    if quarter:
+        lines.append(f"shr.b32 part, $4, {4 * quarter};")
+        source = "part"
+    return [*lines, f"lop3.b32 {target}, {source}, 0x000F000F, {_twice(MAGIC[dtype])}, 0xEA;"]
+
+
+@cache
+def codes_assembly(dtype: str) -> str:
+    """PTX that makes a register of words into four, of codes of 4 bits plus UNITS of bf16 or f16.
+
+    Operands are the four results, then the words ($4).
+    """
+    lines = [".reg .b32 part;"]
+    for quarter in range(4):
+        lines += _nibble(dtype, quarter, f"${quarter}")
     return "{" + "\n".join(lines) + "}"
 
 

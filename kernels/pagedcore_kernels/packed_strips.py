@@ -27,12 +27,12 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from pagedcore_kernels.packed_codes import MAGIC, codes_assembly
-from pagedcore_kernels.packed_layout import ROWS, Packed
+from pagedcore_kernels.packed_codes import UNITS, codes_assembly
+from pagedcore_kernels.packed_layout import POWERS, ROWS, Packed
 from pagedcore_kernels.packed_strips_kernel import strips_kernel
+from pagedcore_kernels.packed_widen import TYPES
 from pagedcore_kernels.small_linear import Scratch
 
 MAX_ROWS = 16
@@ -41,8 +41,6 @@ PROCESSORS = 132
 """Of a Hopper GPU, on which the plans were measured."""
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_UNITS = {torch.bfloat16: 128.0, torch.float16: 1024.0}
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ def can_run(device: torch.device) -> bool:
 
 
 def choose(num_rows: int, weight: Packed, dtype: torch.dtype) -> StripPlan | None:
-    """The plan for so many rows; None where `packed_linear` is faster, or alone can multiply."""
+    """The plan for so many rows of `dtype`; None where `packed_linear` is faster, or alone can."""
     num_blocks, block = weight.codes.shape[1], 4 * weight.quarter
     if not (
         0 < num_rows <= MAX_ROWS
@@ -85,7 +83,7 @@ def choose(num_rows: int, weight: Packed, dtype: torch.dtype) -> StripPlan | Non
         and weight.quarter in (32, 64)
         and weight.quarter <= weight.size <= block
         and weight.num_inputs == num_blocks * block
-        and weight.scale_dtype in _TYPES
+        and weight.scale_dtype != POWERS
     ):
         return None
     is_few = num_rows <= 8
@@ -94,14 +92,14 @@ def choose(num_rows: int, weight: Packed, dtype: torch.dtype) -> StripPlan | Non
     parts, rest = divmod(num_blocks, slices * blocks)
     if rest or not 1 <= parts <= 16 or (parts > 1 and not is_few):
         return None
-    has_company = slices == 8 and is_few
-    num_strips, programs = weight.codes.shape[0], PROCESSORS * (2 if has_company else 1)
+    two_fit = slices == 8 and is_few
+    num_strips, programs = weight.codes.shape[0], PROCESSORS * (2 if two_fit else 1)
     share = triton.cdiv(num_strips * parts, programs)
     strips = _strips(share, slices) if is_few else 1
     if num_strips % strips:
         strips = 1
     steps = triton.cdiv(share, strips)
-    return StripPlan(slices, blocks, parts, strips, steps, 128 if has_company else None)
+    return StripPlan(slices, blocks, parts, strips, steps, 128 if two_fit else None)
 
 
 def _strips(share: int, slices: int) -> int:
@@ -138,7 +136,8 @@ def linear(
         arrivals = scratch.arrivals
         size = plan.parts * num_strips * ROWS * bm
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
-    unit = _UNITS[x.dtype]
+    name = _NAMES[x.dtype]
+    start = 0 if weight.zero is not None else weight.start
     strips_kernel[(runs, plan.parts)](
         x,
         weight.codes.view(torch.int32),
@@ -162,9 +161,9 @@ def linear(
         Q=weight.quarter,
         GROUP=weight.size,
         HAS_ZEROS=weight.zero is not None,
-        OFFSET=-unit - (0 if weight.zero is not None else weight.start),
-        SCALE_TYPE=_TYPES[weight.scale_dtype],
-        ASSEMBLY=codes_assembly(MAGIC[_NAMES[x.dtype]]),
+        OFFSET=-float(UNITS[name] + start),
+        SCALE_TYPE=TYPES[weight.scale_dtype],
+        ASSEMBLY=codes_assembly(name),
         HAS_BIAS=bias is not None,
         DEPENDENT=dependent,
         num_warps=plan.slices,

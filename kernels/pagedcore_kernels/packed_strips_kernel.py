@@ -23,8 +23,8 @@ def _place(quarter, split, splits):
 @gluon.jit
 def _load_each(source, COUNT: gl.constexpr, stride):
     """COUNT tiles that lie `stride` apart."""
-    tiles = (gl.load(source),)
-    for index in gl.static_range(1, COUNT):
+    tiles = ()
+    for index in gl.static_range(COUNT):
         tiles = tiles + (gl.load(source + index * stride),)
     return tiles
 
@@ -32,9 +32,9 @@ def _load_each(source, COUNT: gl.constexpr, stride):
 @gluon.jit
 def _load_tiles(source, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, Q: gl.constexpr):
     """The words of a strip in a slice: a tile for every 32 columns of each block."""
-    tiles = (gl.load(source),)
-    for index in gl.static_range(1, BLOCKS * SPLITS):
-        tiles = tiles + (gl.load(source + (index // SPLITS * (8 * Q) + index % SPLITS * 16)),)
+    tiles = ()
+    for block in gl.static_range(BLOCKS):
+        tiles = tiles + _load_each(source + block * (8 * Q), SPLITS, 16)
     return tiles
 
 
@@ -152,6 +152,7 @@ def strips_kernel(
     GROUPS: gl.constexpr = SLICE // GROUP
     QUARTERS: gl.constexpr = GROUP // Q  # of a group
     SCALE_WORDS: gl.constexpr = GROUPS if SCALE_TYPE.is_fp32() else (GROUPS + 1) // 2
+    ZERO_WORDS: gl.constexpr = (GROUPS + 3) // 4 if HAS_ZEROS else 0
     DTYPE: gl.constexpr = x.dtype.element_ty
     sums: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SLICES, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 8)
@@ -181,17 +182,11 @@ def strips_kernel(
         zero_source = zeros + group // 4 * padded_outputs + output
 
     now = ()
-    scale_now = ()
-    zero_now = ()
     for strip in gl.static_range(STRIPS):
-        now = now + (_load_tiles(source + strip * strip_words, BLOCKS, SPLITS, Q),)
-        scale_now = scale_now + (
-            _load_each(scale_source + strip * 16, SCALE_WORDS, padded_outputs),
-        )
-        if HAS_ZEROS:
-            zero_now = zero_now + (
-                _load_each(zero_source + strip * 16, (GROUPS + 3) // 4, padded_outputs),
-            )
+        tiles = _load_tiles(source + strip * strip_words, BLOCKS, SPLITS, Q)
+        scale_words = _load_each(scale_source + strip * 16, SCALE_WORDS, padded_outputs)
+        zero_words = _load_each(zero_source + strip * 16, ZERO_WORDS, padded_outputs)
+        now = now + ((tiles, scale_words, zero_words),)
     if DEPENDENT:
         gdc_wait()  # the weight depends on nothing: its first strips are under way by now
 
@@ -231,35 +226,28 @@ def strips_kernel(
         zero_source += more * (16 * STRIPS)
         totals = ()
         following = ()
-        scale_following = ()
-        zero_following = ()
         for strip in gl.static_range(STRIPS):
+            words_now, scales_now, zeros_now = now[strip]
             total = gl.zeros([SLICES, 16, BM], gl.float32, sums)
             for index in gl.static_range(GROUPS):
                 of_group = row_sums[index]
                 if HAS_ZEROS:
-                    zero = _zero(zero_now[strip], index, group, GROUPS)
+                    zero = _zero(zeros_now, index, group, GROUPS)
                     of_group *= (1.0 - zero * (1.0 / OFFSET))[:, :, None]
                 for split in gl.static_range(SPLITS):
-                    words_of_tile = now[strip][index * QUARTERS // 4 * SPLITS + split]
+                    words_of_tile = words_now[index * QUARTERS // 4 * SPLITS + split]
                     weights = _unpack(words_of_tile, left, DTYPE, ASSEMBLY)
                     for quarter in gl.static_range(index * QUARTERS, (index + 1) * QUARTERS):
                         of_quarter = factors[_place(quarter, split, SPLITS)]
                         of_group = mma_v2(weights[quarter % 4], of_quarter, of_group)
-                scale = _scale(scale_now[strip], index, group, GROUPS, SCALE_TYPE)
+                scale = _scale(scales_now, index, group, GROUPS, SCALE_TYPE)
                 total += of_group * scale[:, :, None]
             totals = totals + (total,)
-            following = following + (_load_tiles(source + strip * strip_words, BLOCKS, SPLITS, Q),)
-            scale_following = scale_following + (
-                _load_each(scale_source + strip * 16, SCALE_WORDS, padded_outputs),
-            )
-            if HAS_ZEROS:
-                zero_following = zero_following + (
-                    _load_each(zero_source + strip * 16, (GROUPS + 3) // 4, padded_outputs),
-                )
+            tiles = _load_tiles(source + strip * strip_words, BLOCKS, SPLITS, Q)
+            scale_words = _load_each(scale_source + strip * 16, SCALE_WORDS, padded_outputs)
+            zero_words = _load_each(zero_source + strip * 16, ZERO_WORDS, padded_outputs)
+            following = following + ((tiles, scale_words, zero_words),)
         now = following
-        scale_now = scale_following
-        zero_now = zero_following
         for strip in gl.static_range(STRIPS):
             result = gl.sum(gl.convert_layout(totals[strip], joined), 0)
             at = output + strip * 16

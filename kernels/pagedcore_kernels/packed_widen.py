@@ -30,7 +30,7 @@ ALIGNED_ROWS = 128
 WIDENED_ROWS = 64
 """Of a program."""
 
-_TYPES = {
+TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
@@ -96,7 +96,7 @@ def format_of(weight: Packed) -> dict[str, Any]:
         "HAS_MINIMA": weight.minimum is not None,
         "START": weight.start,
         "TABLE": weight.kind,
-        "SCALE_TYPE": _TYPES[weight.scale_dtype],
+        "SCALE_TYPE": TYPES[weight.scale_dtype],
     }
 
 

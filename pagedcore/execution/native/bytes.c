@@ -98,18 +98,7 @@ static void multiply_tiles(void *context, long task) {
     case R:                             \
         some_rows(R, p, first, panel);  \
         break;
-                CASE(1)
-                CASE(2)
-                CASE(3)
-                CASE(4)
-                CASE(5)
-                CASE(6)
-                CASE(7)
-                CASE(8)
-                CASE(9)
-                CASE(10)
-                CASE(11)
-                CASE(12)
+                EACH_NUMBER_OF_ROWS
 #undef CASE
             }
             first += count;

@@ -39,6 +39,10 @@ INLINE void block(const int rows, const uint32_t *x, long x_stride, const uint32
     finish(rows, sum, bias, out, is_float, stride, left);
 }
 
+/* CASE(R) for as many rows as a block may have: their number is known to the compiler */
+#define EACH_NUMBER_OF_ROWS \
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+
 static inline void rows_times_panel(long rows, const uint32_t *x, long x_stride, const uint32_t *panel,
                              long pairs, const bf16 *bias, char *out, int is_float, long stride,
                              long left) {
@@ -51,18 +55,7 @@ static inline void rows_times_panel(long rows, const uint32_t *x, long x_stride,
     case R:                                                                                  \
         block(R, x, x_stride, panel, pairs, bias, out, is_float, stride, left);              \
         break;
-            CASE(1)
-            CASE(2)
-            CASE(3)
-            CASE(4)
-            CASE(5)
-            CASE(6)
-            CASE(7)
-            CASE(8)
-            CASE(9)
-            CASE(10)
-            CASE(11)
-            CASE(12)
+            EACH_NUMBER_OF_ROWS
 #undef CASE
         }
         rows -= count;
